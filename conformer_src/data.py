@@ -1,0 +1,376 @@
+"""The data sets of the book, and what is needed to look at them."""
+
+import gzip
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
+_FASHION_FILES = {  # SHA-256 of the unpacked files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+FASHION_SHA256 = {  # of the pixels, whatever encoder wrote the file
+    "train": "c0c6726b84344f71ed5f3f778113ef72d81c3e38038638a076d9f7b48ef3af3c",
+    "test": "80f041a1db53aeefce90d32bb6094e616abf55eed82a9c247b6c2a44a773acf7",
+}
+
+
+def _sha256(images: Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _read_sheet(split: str) -> Tensor:
+    """Read a sheet of 28 x 28 pictures as uint8 (n, 28, 28); refuse an altered one."""
+    path = files("conformer_src") / "assets" / f"fashion_{split}.png"
+    repair = "Reinstall conformer_src, or restore the file with `git checkout`."
+    try:
+        with path.open("rb") as stream, Image.open(stream) as sheet:
+            pixels = TF.pil_to_tensor(sheet)[0]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing. {repair}") from None
+    except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as either
+        raise ValueError(f"{path} cannot be read ({error}). {repair}") from None
+    if pixels.shape[0] % 28 == 0 and pixels.shape[1] % 28 == 0:
+        tiles = pixels.unfold(0, 28, 28).unfold(1, 28, 28).flatten(0, 1).contiguous()
+        if _sha256(tiles) == FASHION_SHA256[split]:
+            return tiles
+    raise ValueError(f"{path} was altered: its pixels do not have the recorded SHA-256. {repair}")
+
+
+class FashionSubset(Dataset):
+    """The part of Fashion-MNIST that comes with the package, ordered by class.
+
+    `images` is uint8 (n, 1, 28, 28) and `labels` int64 (n,), n = 10,000 for training and 2,000 for test,
+    as many of each of the ten `classes`. An item is (image, label), the image through `transform`.
+
+    Raises:
+        FileNotFoundError, ValueError: The shipped file is missing or altered.
+    """
+
+    classes = FASHION_CLASSES
+
+    def __init__(self, train: bool = True, transform: Callable | None = None):
+        self.images = _read_sheet("train" if train else "test").unsqueeze(1)  # (n, 1, 28, 28)
+        self.labels = torch.arange(10).repeat_interleave(len(self.images) // 10)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.images[index]
+        return (self.transform(image) if self.transform else image), int(self.labels[index])
+
+
+def _fashion_is_whole(raw: Path) -> bool:
+    """Whether the four unpacked files are there; refuse them if they are damaged."""
+    paths = [raw / name for name in _FASHION_FILES]
+    if not all(path.is_file() for path in paths):
+        return False
+    for path in paths:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != _FASHION_FILES[path.name]:
+            raise ValueError(
+                f"{path} is damaged: it does not have the recorded SHA-256. "
+                f"Delete the folder {raw} and call fashion_mnist again."
+            )
+    return True
+
+
+def _unpack_debian(raw: Path) -> None:
+    for name in _FASHION_FILES:
+        (raw / name).write_bytes(gzip.decompress((_DEBIAN / f"{name}.gz").read_bytes()))
+
+
+def _install_fashion(root: Path, download: bool) -> None:
+    """Put the four files under `root`, all of them or none."""
+    target = root / "FashionMNIST" / "raw"
+    tried = [f"no complete set in {target}"]
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        raw = Path(scratch) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        if all((_DEBIAN / f"{name}.gz").is_file() for name in _FASHION_FILES):
+            _unpack_debian(raw)
+        else:
+            tried.append(f"Debian's package dataset-fashion-mnist is not installed ({_DEBIAN})")
+            if not download:
+                tried.append("downloading was not allowed (download=False)")
+            else:
+                try:
+                    datasets.FashionMNIST(scratch, download=True)
+                except (OSError, RuntimeError) as error:
+                    tried.append(f"the download failed ({error})")
+        if not _fashion_is_whole(raw):
+            raise FileNotFoundError(
+                f"Fashion-MNIST was not found: {'; '.join(tried)}. Mend one of the three, or use "
+                "FashionSubset, which comes with the package."
+            )
+        for archive in raw.glob("*.gz"):
+            archive.unlink()
+        target.mkdir(parents=True, exist_ok=True)
+        for name in _FASHION_FILES:
+            os.replace(raw / name, target / name)
+
+
+def fashion_mnist(
+    train: bool = True,
+    root: str | Path | None = None,
+    transform: Callable | None = None,
+    download: bool = True,
+) -> datasets.FashionMNIST:
+    """Return the full set, 60,000 or 10,000 images, as torchvision's data set.
+
+    It is looked for under `root` (by default a folder `datasets` in torch's cache), then in Debian's
+    package dataset-fashion-mnist, then downloaded. What is found is checked and kept under `root`.
+
+    Raises:
+        FileNotFoundError: None of the three is there; the message says what was tried.
+        ValueError: A file under `root` is damaged.
+    """
+    root = Path(root or Path(torch.hub.get_dir()) / "datasets")
+    if not _fashion_is_whole(root / "FashionMNIST" / "raw"):
+        _install_fashion(root, download)
+    return datasets.FashionMNIST(str(root), train=train, transform=transform)
+
+
+def _load_rgb(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an image ({error}). "
+            'Remove it, or leave such files out with corrupt="skip".'
+        ) from None
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        _load_rgb(path)
+    except ValueError:
+        return False
+    return True
+
+
+def image_folder(
+    root: str | Path,
+    transform: Callable | None = None,
+    corrupt: Literal["refuse", "skip"] = "refuse",
+) -> datasets.ImageFolder:
+    """Return your own images, one sub-folder a class: `root/cats/1.jpg`, `root/dogs/2.png`.
+
+    A file that is no readable image stops with its name when it is read ("refuse"), or every file is
+    tried now and the unreadable ones are left out with a warning that names them ("skip").
+
+    Raises:
+        FileNotFoundError: No such folder, no sub-folders, or a class without images.
+        ValueError: A file cannot be read.
+    """
+    root = Path(root)
+    _require_classes(root)
+    dataset = datasets.ImageFolder(str(root), transform, loader=_load_rgb)
+    if corrupt == "skip":
+        _drop_unreadable(dataset)
+    return dataset
+
+
+def _require_classes(root: Path) -> None:
+    rule = (
+        "One sub-folder a class is expected, each with at least one image: root/CLASS/picture.jpg."
+    )
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}. {rule}")
+    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    if not classes:
+        raise FileNotFoundError(f"{root} has no sub-folders. {rule}")
+    endings = datasets.folder.IMG_EXTENSIONS
+    for path in classes:
+        if not any(file.name.lower().endswith(endings) for file in path.rglob("*")):
+            raise FileNotFoundError(f"{path} holds no images ({', '.join(endings)}). {rule}")
+
+
+def _drop_unreadable(dataset: datasets.ImageFolder) -> None:
+    good = [sample for sample in dataset.samples if _is_readable(sample[0])]
+    bad = sorted({path for path, _ in dataset.samples} - {path for path, _ in good})
+    for label, name in enumerate(dataset.classes):
+        if all(target != label for _, target in good):
+            raise ValueError(f'No image of class "{name}" can be read; the first is {bad[0]}.')
+    if bad:
+        warnings.warn(f"left out {len(bad)} unreadable files: {', '.join(bad)}", stacklevel=3)
+    dataset.samples = dataset.imgs = good
+    dataset.targets = [label for _, label in good]
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FASHION_MEAN, FASHION_STD = (0.286,), (0.353,)
+
+
+def photo_transform(train: bool, size: int = 224) -> v2.Compose:
+    """Return the transform for photographs: any image in, float (3, size, size) out.
+
+    Training crops at random and flips; evaluation resizes the shorter side to size / 0.875 and cuts out
+    the centre (256 and 224 for ImageNet). Both use bicubic interpolation and ImageNet's mean and spread.
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    if train:
+        crop = [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+    else:
+        crop = [v2.Resize(int(size / 0.875), interpolation=bicubic), v2.CenterCrop(size)]
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    return v2.Compose([v2.ToImage(), v2.RGB(), *crop, *to_float])
+
+
+def fashion_transform(train: bool) -> v2.Compose:
+    """Return the transform for Fashion-MNIST: 28 x 28 grey image in, float (1, 32, 32) out.
+
+    Two pixels of zeros on each side make the size a multiple of 16; training flips at random.
+    """
+    flip = [v2.RandomHorizontalFlip()] if train else []
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(FASHION_MEAN, FASHION_STD)]
+    return v2.Compose([v2.ToImage(), v2.Pad(2), *flip, *to_float])
+
+
+class LocalGlobal(NamedTuple):
+    """Drawn images with the two hidden facts about each, and the two labels made of them."""
+
+    images: Tensor  # (n, 1, size, size), float32
+    rotation: Tensor  # (n,), 0 to 3, the local cue: how the small corners are turned
+    agreement: Tensor  # (n,), 0 or 1, the global cue: whether both bars are bright or both dark
+
+    def pair_label(self) -> Tensor:
+        """Return (n,) labels 0 to 7 that name both cues: two opinions can be added up."""
+        return 2 * self.rotation + self.agreement
+
+    def turn_label(self) -> Tensor:
+        """Return (n,) labels 0 to 3: agreement turns the corner by half; no sum of opinions knows it."""
+        return (self.rotation + 2 * self.agreement) % 4
+
+
+def _stamp_corners(images: Tensor, rotation: Tensor, generator: torch.Generator) -> None:
+    """Add four copies of a 5 x 5 corner, turned by `rotation` quarters, anywhere between the bars."""
+    corner = torch.zeros(5, 5)
+    corner[:, 0] = corner[4, :] = 1
+    corners = torch.stack([(corner - corner.mean()).rot90(turns) for turns in range(4)])
+    count, size = images.shape[0], images.shape[-1]
+    which, offsets = torch.arange(count).view(count, 1, 1), torch.arange(5)
+    for _ in range(4):
+        top = torch.randint(0, size - 5, (count, 1), generator=generator)
+        left = torch.randint(14, size - 19, (count, 1), generator=generator)
+        rows, columns = (top + offsets).unsqueeze(2), (left + offsets).unsqueeze(1)
+        images.index_put_((which, rows, columns), 1.5 * corners[rotation], accumulate=True)
+
+
+def _draw_bar(images: Tensor, bright: Tensor, left: int, generator: torch.Generator) -> None:
+    """Add one 20 x 10 bar from column `left` on, at a random height, bright or dark."""
+    count, size = images.shape[0], images.shape[-1]
+    top = torch.randint(0, size - 20, (count, 1, 1), generator=generator)
+    rows, columns = torch.arange(size).view(1, size, 1), torch.arange(size).view(1, 1, size)
+    bar = (rows >= top) & (rows < top + 20) & (columns >= left) & (columns < left + 10)
+    images += 1.5 * (2 * bright - 1).view(count, 1, 1) * bar
+
+
+def local_global(count: int, seed: int = 0, size: int = 64) -> LocalGlobal:
+    """Draw images whose label needs something small and something far apart; equal for equal seeds.
+
+    Raises:
+        ValueError: `count` is not positive, or `size` is below 48 (no room between the bars).
+    """
+    if count < 1 or size < 48:
+        raise ValueError(f"count {count} and size {size}: at least 1 image of at least 48 pixels")
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.3 * torch.randn(count, size, size, generator=generator)
+    slope = (torch.arange(size) - size / 2) / size
+    for ramp in (slope.view(1, size, 1), slope.view(1, 1, size)):  # uneven light
+        images += 0.5 * torch.randn(count, 1, 1, generator=generator) * ramp
+    rotation = torch.randint(0, 4, (count,), generator=generator)
+    _stamp_corners(images, rotation, generator)
+    bright = torch.randint(0, 2, (2, count), generator=generator)
+    for bar, left in zip(bright, (0, size - 10), strict=True):
+        _draw_bar(images, bar, left, generator)
+    return LocalGlobal(images.unsqueeze(1), rotation, (bright[0] == bright[1]).long())
+
+
+def check_batch(images: Tensor, labels: Tensor, in_chans: int, num_classes: int) -> None:
+    """Refuse a batch that no network of this many channels and classes can take, saying why.
+
+    Raises:
+        TypeError: Images are not floating point, or labels are not int64.
+        ValueError: Images are not (B, in_chans, H, W), labels not (B,), or a label is out of range.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}; convert them, for example with images / 255")
+    if images.ndim != 4 or images.shape[1] != in_chans:
+        raise ValueError(f"images are {tuple(images.shape)}; expected (B, {in_chans}, H, W)")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels are {labels.dtype}; class numbers are int64: use labels.long()")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels are {tuple(labels.shape)}; expected ({len(images)},), one an image"
+        )
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"label {wrong[0]} is not among the {num_classes} classes 0 to {num_classes - 1}"
+        )
+
+
+PHOTOGRAPHS = ("cat", "coffee")
+
+
+def photograph(name: str, size: int = 224) -> Tensor:
+    """Return a photograph that comes with the package, float (3, size, size) between 0 and 1.
+
+    Raises:
+        ValueError: There is no photograph of this name; the message lists those there are.
+    """
+    if name not in PHOTOGRAPHS:
+        raise ValueError(f'there is no photograph "{name}"; there are {", ".join(PHOTOGRAPHS)}')
+    path = files("conformer_src") / "assets" / f"{name}.jpg"
+    with path.open("rb") as stream, Image.open(stream) as image:
+        pixels = TF.pil_to_tensor(image.convert("RGB"))
+    return TF.to_dtype(TF.resize(pixels, [size, size]), torch.float32, scale=True)
+
+
+def show_images(images: Sequence[Tensor], titles: Sequence[str] | None = None) -> None:
+    """Draw a row of images, each (3, H, W) in colour or (1, H, W) or (H, W) in grey, with titles."""
+    import matplotlib.pyplot as plt  # here, so that importing the package stays quick
+
+    figure, axes = plt.subplots(1, len(images), figsize=(2.2 * len(images), 2.5), squeeze=False)
+    for index, (image, axis) in enumerate(zip(images, axes[0], strict=True)):
+        image = image.detach().cpu().squeeze()
+        colour = image.ndim == 3
+        axis.imshow(image.movedim(0, -1) if colour else image, cmap=None if colour else "gray")
+        axis.set_title(titles[index] if titles else "", fontsize=9)
+        axis.set_axis_off()
+    figure.tight_layout()
