@@ -9,14 +9,10 @@ import torch
 
 try:
     import torchvision  # noqa: F401
-except (
-    ImportError,
-    OSError,
-    RuntimeError,
-) as error:  # built for another torch: it fails in all three ways
+except (ImportError, OSError, RuntimeError) as error:  # the three faces of a mismatched pair
     raise ImportError(
-        f"torchvision does not work with the installed torch {torch.__version__} ({error}); repair the "
-        "pair with: python -m pip install --upgrade --force-reinstall torch torchvision"
+        f"torchvision does not fit the installed torch {torch.__version__} ({error}). Repair both: "
+        "python -m pip install --upgrade --force-reinstall torch torchvision"
     ) from error
 
 from conformer_src.data import FashionSubset, fashion_mnist, image_folder, local_global, photograph

@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -71,8 +70,8 @@ def _read_sheet(split: str) -> Tensor:
 class FashionSubset(Dataset):
     """The part of Fashion-MNIST that comes with the package, ordered by class.
 
-    `images` is uint8 (n, 1, 28, 28) and `labels` int64 (n,), n = 10,000 for training and 2,000 for test,
-    as many of each of the ten `classes`. An item is (image, label), the image through `transform`.
+    `images` is uint8 (n, 1, 28, 28), `labels` int64 (n,): n = 10,000 for training, 2,000 for test, as
+    many of each of the ten `classes`. An item is (transform(image), label).
 
     Raises:
         FileNotFoundError, ValueError: The shipped file is missing or altered.
@@ -151,8 +150,8 @@ def fashion_mnist(
 ) -> datasets.FashionMNIST:
     """Return the full set, 60,000 or 10,000 images, as torchvision's data set.
 
-    It is looked for under `root` (by default a folder `datasets` in torch's cache), then in Debian's
-    package dataset-fashion-mnist, then downloaded. What is found is checked and kept under `root`.
+    It is looked for under `root` (by default `datasets` in torch's cache), then in Debian's package
+    dataset-fashion-mnist, then downloaded. What is found is checked and kept under `root`.
 
     Raises:
         FileNotFoundError: None of the three is there; the message says what was tried.
@@ -190,8 +189,8 @@ def image_folder(
 ) -> datasets.ImageFolder:
     """Return your own images, one sub-folder a class: `root/cats/1.jpg`, `root/dogs/2.png`.
 
-    A file that is no readable image stops with its name when it is read ("refuse"), or every file is
-    tried now and the unreadable ones are left out with a warning that names them ("skip").
+    An unreadable file raises an error with its name when its turn comes ("refuse"), or all files
+    are tried now and the unreadable ones left out with a warning that names them ("skip").
 
     Raises:
         FileNotFoundError: No such folder, no sub-folders, or a class without images.
@@ -239,8 +238,8 @@ FASHION_MEAN, FASHION_STD = (0.286,), (0.353,)
 def photo_transform(train: bool, size: int = 224) -> v2.Compose:
     """Return the transform for photographs: any image in, float (3, size, size) out.
 
-    Training crops at random and flips; evaluation resizes the shorter side to size / 0.875 and cuts out
-    the centre (256 and 224 for ImageNet). Both use bicubic interpolation and ImageNet's mean and spread.
+    Training crops at random and flips; evaluation resizes the shorter side to size / 0.875 and cuts
+    out the centre (256, 224). Both interpolate bicubically and use ImageNet's mean and deviation.
     """
     bicubic = v2.InterpolationMode.BICUBIC
     if train:
@@ -273,12 +272,12 @@ class LocalGlobal(NamedTuple):
         return 2 * self.rotation + self.agreement
 
     def turn_label(self) -> Tensor:
-        """Return (n,) labels 0 to 3: agreement turns the corner by half; no sum of opinions knows it."""
+        """Return (n,) labels 0 to 3: bars that agree turn the answer by half; no sum knows it."""
         return (self.rotation + 2 * self.agreement) % 4
 
 
 def _stamp_corners(images: Tensor, rotation: Tensor, generator: torch.Generator) -> None:
-    """Add four copies of a 5 x 5 corner, turned by `rotation` quarters, anywhere between the bars."""
+    """Add four 5 x 5 corners, turned by `rotation` quarters, anywhere between the bars."""
     corner = torch.zeros(5, 5)
     corner[:, 0] = corner[4, :] = 1
     corners = torch.stack([(corner - corner.mean()).rot90(turns) for turns in range(4)])
@@ -363,7 +362,7 @@ def photograph(name: str, size: int = 224) -> Tensor:
 
 
 def show_images(images: Sequence[Tensor], titles: Sequence[str] | None = None) -> None:
-    """Draw a row of images, each (3, H, W) in colour or (1, H, W) or (H, W) in grey, with titles."""
+    """Draw a row of images with titles: (3, H, W) in colour, (1, H, W) or (H, W) in grey."""
     import matplotlib.pyplot as plt  # here, so that importing the package stays quick
 
     figure, axes = plt.subplots(1, len(images), figsize=(2.2 * len(images), 2.5), squeeze=False)

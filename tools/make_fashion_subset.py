@@ -1,12 +1,12 @@
 """Rebuild the shipped Fashion-MNIST subset from the full set.
 
-Takes the first 1,000 training and the first 200 test images of each of the ten classes, in the order of
-the full set, and writes two sheets of 28 x 28 pictures, a class after the other:
+Takes the first 1,000 training and the first 200 test images of each of the ten classes, in the
+order of the full set, and writes two sheets of 28 x 28 pictures, one class after the other:
 
     conformer_src/assets/fashion_train.png   100 columns, 100 rows, 10 rows a class
     conformer_src/assets/fashion_test.png     40 columns,  50 rows,  5 rows a class
 
-The pixels are checked against the SHA-256 in `conformer_src.data`, so a rebuilt sheet is the same data
+The package checks the SHA-256 of the pixels, not of the file, so a rebuilt sheet is the same data
 whatever version of the PNG encoder wrote it.
 
     python tools/make_fashion_subset.py [--root DIR] [--check]
@@ -43,9 +43,7 @@ def main() -> None:
         if arguments.check:
             shipped = data.FashionSubset(train=split == "train").images[:, 0]
             same = torch.equal(images, shipped)
-            print(
-                f"{split}: {len(images):,} images {'equal' if same else 'DIFFER from'} the full set's"
-            )
+            print(f"{split}: {len(images):,} images, {'equal' if same else 'NOT EQUAL'}")
             if not same:
                 raise SystemExit(1)
             continue
