@@ -70,8 +70,8 @@ def _read_sheet(split: str) -> Tensor:
 class FashionSubset(Dataset):
     """The part of Fashion-MNIST that comes with the package, ordered by class.
 
-    `images` is uint8 (n, 1, 28, 28), `labels` int64 (n,): n = 10,000 for training, 2,000 for test, as
-    many of each of the ten `classes`. An item is (transform(image), label).
+    `images` is uint8 (n, 1, 28, 28), `labels` int64 (n,): n = 10,000 for training, 2,000 for test,
+    as many of each of the ten `classes`. An item is (transform(image), label).
 
     Raises:
         FileNotFoundError, ValueError: The shipped file is missing or altered.
@@ -196,8 +196,9 @@ def image_folder(
         FileNotFoundError: No such folder, no sub-folders, or a class without images.
         ValueError: A file cannot be read.
     """
-    root = Path(root)
-    _require_classes(root)
+    if corrupt not in ("refuse", "skip"):
+        raise ValueError(f'corrupt is "{corrupt}"; choose "refuse" or "skip"')
+    _require_classes(Path(root))
     dataset = datasets.ImageFolder(str(root), transform, loader=_load_rgb)
     if corrupt == "skip":
         _drop_unreadable(dataset)
@@ -247,7 +248,7 @@ def photo_transform(train: bool, size: int = 224) -> v2.Compose:
     else:
         crop = [v2.Resize(int(size / 0.875), interpolation=bicubic), v2.CenterCrop(size)]
     to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    return v2.Compose([v2.ToImage(), v2.RGB(), *crop, *to_float])
+    return v2.Compose([v2.RGB(), v2.ToImage(), *crop, *to_float])
 
 
 def fashion_transform(train: bool) -> v2.Compose:
@@ -367,9 +368,11 @@ def show_images(images: Sequence[Tensor], titles: Sequence[str] | None = None) -
 
     figure, axes = plt.subplots(1, len(images), figsize=(2.2 * len(images), 2.5), squeeze=False)
     for index, (image, axis) in enumerate(zip(images, axes[0], strict=True)):
-        image = image.detach().cpu().squeeze()
-        colour = image.ndim == 3
-        axis.imshow(image.movedim(0, -1) if colour else image, cmap=None if colour else "gray")
+        pixels = image.detach().cpu().squeeze().numpy()
+        colour = pixels.ndim == 3
+        axis.imshow(
+            pixels.transpose(1, 2, 0) if colour else pixels, cmap=None if colour else "gray"
+        )
         axis.set_title(titles[index] if titles else "", fontsize=9)
         axis.set_axis_off()
     figure.tight_layout()
