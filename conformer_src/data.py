@@ -268,13 +268,17 @@ class LocalGlobal(NamedTuple):
     rotation: Tensor  # (n,), 0 to 3, the local cue: how the small corners are turned
     agreement: Tensor  # (n,), 0 or 1, the global cue: whether both bars are bright or both dark
 
-    def pair_label(self) -> Tensor:
-        """Return (n,) labels 0 to 7 that name both cues: two opinions can be added up."""
+    def additive_label(self) -> Tensor:
+        """Return (n,) labels 0 to 7 that name both cues; adding up two opinions is enough."""
         return 2 * self.rotation + self.agreement
 
-    def turn_label(self) -> Tensor:
-        """Return (n,) labels 0 to 3: bars that agree turn the answer by half; no sum knows it."""
-        return (self.rotation + 2 * self.agreement) % 4
+    def coupled_label(self) -> Tensor:
+        """Return (n,) labels 0 to 3; no sum of a local and a global opinion gets all of them right.
+
+        A corner turned 0 or 1 is the answer itself, swapped if the bars agree; a corner turned 2 or
+        3 asks whether they agree (3) or not (2).
+        """
+        return torch.where(self.rotation < 2, self.rotation ^ self.agreement, 2 + self.agreement)
 
 
 def _stamp_corners(images: Tensor, rotation: Tensor, generator: torch.Generator) -> None:
@@ -297,7 +301,7 @@ def _draw_bar(images: Tensor, bright: Tensor, left: int, generator: torch.Genera
     top = torch.randint(0, size - 20, (count, 1, 1), generator=generator)
     rows, columns = torch.arange(size).view(1, size, 1), torch.arange(size).view(1, 1, size)
     bar = (rows >= top) & (rows < top + 20) & (columns >= left) & (columns < left + 10)
-    images += 1.5 * (2 * bright - 1).view(count, 1, 1) * bar
+    images += 3.0 * (2 * bright - 1).view(count, 1, 1) * bar
 
 
 def local_global(count: int, seed: int = 0, size: int = 64) -> LocalGlobal:

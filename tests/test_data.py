@@ -289,7 +289,7 @@ def test_drawing_leaves_the_global_random_state_alone():
 
 def test_both_cues_are_balanced_and_independent():
     drawn = data.local_global(8_000)
-    counts = drawn.pair_label().bincount(minlength=8)
+    counts = drawn.additive_label().bincount(minlength=8)
     assert counts.min() > 900  # 1,000 expected, standard deviation 30
     assert counts.max() < 1_100
 
@@ -309,10 +309,11 @@ def test_a_detector_of_each_cue_reads_it():
     assert ((left * right > 0).long() == drawn.agreement).float().mean() > 0.8
 
 
-def test_no_sum_of_two_opinions_solves_the_turn_label():
-    """Scores f[class, rotation] + g[class, agreement] get at most 6 of the 8 combinations right."""
+def test_no_sum_of_two_opinions_solves_the_coupled_label():
+    """Scores f[class, rotation] + g[class, agreement] get at most 7 of the 8 combinations right."""
     cells = list(itertools.product(range(4), range(2)))
-    target = torch.tensor([(rotation + 2 * agreement) % 4 for rotation, agreement in cells])
+    drawn = data.LocalGlobal(torch.empty(0), *torch.tensor(cells).unbind(1))
+    target = drawn.coupled_label()
     local = torch.nn.functional.one_hot(torch.tensor([r for r, _ in cells]), 4).double()
     far = torch.nn.functional.one_hot(torch.tensor([g for _, g in cells]), 2).double()
     cues = torch.cat([local, far], 1)
@@ -328,13 +329,13 @@ def test_no_sum_of_two_opinions_solves_the_turn_label():
             loss.backward()
             optimiser.step()
             best = max(best, int((scores.argmax(1) == target).sum()))
-    assert best == 6
+    assert best == 7
 
 
 def test_labels():
     drawn = data.LocalGlobal(torch.empty(0), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 1, 1]))
-    assert drawn.pair_label().tolist() == [0, 3, 5, 7]
-    assert drawn.turn_label().tolist() == [0, 3, 0, 1]
+    assert drawn.additive_label().tolist() == [0, 3, 5, 7]
+    assert drawn.coupled_label().tolist() == [0, 0, 3, 3]
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 64), (-1, 64), (1, 47)])
