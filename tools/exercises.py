@@ -19,6 +19,7 @@ CHECK = re.compile(r"(?:from conformer_src\.checks import \w+ as checks\n+)?chec
 DETAILS = re.compile(
     r"<details>\s*<summary>\s*(.*?)\s*</summary>(\n*)(.*?)(\n*)</details>", re.DOTALL
 )
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)  # a # in code is no heading
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -105,11 +106,11 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
     found: list[Exercise] = []
     inside = False
     for index, cell in enumerate(notebook.cells):
-        heading = HEADING.search(cell.source) if cell.cell_type == "markdown" else None
-        if heading:
+        prose = FENCED.sub("", cell.source) if cell.cell_type == "markdown" else ""
+        if heading := HEADING.search(prose):
             found.append(Exercise(int(heading[1]), index, []))
             inside = True
-        elif cell.cell_type == "markdown" and re.search(r"^##? ", cell.source, re.MULTILINE):
+        elif re.search(r"^##? ", prose, re.MULTILINE):
             inside = False
         if inside:
             found[-1].cells.append(cell)

@@ -127,6 +127,7 @@ def run(path: Path, timeout: int = 600) -> float:
         skip_cells_with_tag="nbval-skip",  # their stored result was made elsewhere
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_start=remember,
+        extra_arguments=["--log-level=40"],  # the kernel's own warnings concern nobody here
     )
     start = time.perf_counter()
     try:
