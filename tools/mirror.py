@@ -451,6 +451,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         print(problem, file=sys.stderr)
     if problems:
         print(f"{len(problems)} to repair", file=sys.stderr)
+    else:
+        print("chapters and package agree")
     return int(bool(problems))
 
 

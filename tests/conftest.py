@@ -1,0 +1,12 @@
+"""What holds for all tests."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch is imported: several processes share the cores, and threads that wait for each other
+# make small tensors a hundred times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The tools are scripts that import each other, not a package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
