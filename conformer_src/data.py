@@ -39,7 +39,7 @@ FASHION_CLASSES = (
     "Ankle boot",
 )
 
-FASHION_SHA256 = {  # of the pixels, whatever encoder wrote the file
+_SHEET_SHA256 = {  # of the pixels, whatever encoder wrote the file
     "train": "c0c6726b84344f71ed5f3f778113ef72d81c3e38038638a076d9f7b48ef3af3c",
     "test": "80f041a1db53aeefce90d32bb6094e616abf55eed82a9c247b6c2a44a773acf7",
 }
@@ -62,7 +62,7 @@ def _read_sheet(split: str) -> Tensor:
         raise ValueError(f"{path} cannot be read ({error}). {repair}") from None
     if pixels.shape[0] % 28 == 0 and pixels.shape[1] % 28 == 0:
         tiles = pixels.unfold(0, 28, 28).unfold(1, 28, 28).flatten(0, 1).contiguous()
-        if _sha256(tiles) == FASHION_SHA256[split]:
+        if _sha256(tiles) == _SHEET_SHA256[split]:
             return tiles
     raise ValueError(f"{path} was altered: its pixels do not have the recorded SHA-256. {repair}")
 
@@ -370,7 +370,7 @@ def show_images(images: Sequence[Tensor], titles: Sequence[str] | None = None) -
     """Draw a row of images with titles: (3, H, W) in colour, (1, H, W) or (H, W) in grey."""
     import matplotlib.pyplot as plt  # here, so that importing the package stays quick
 
-    figure, axes = plt.subplots(1, len(images), figsize=(2.2 * len(images), 2.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(images), figsize=(1.3 * len(images), 1.6), squeeze=False)
     for index, (image, axis) in enumerate(zip(images, axes[0], strict=True)):
         pixels = image.detach().cpu().squeeze().numpy()
         colour = pixels.ndim == 3
