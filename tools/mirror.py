@@ -331,7 +331,7 @@ def import_problems(project: Project, module: Module) -> Iterator[Problem]:
                 f"chapter {own.number} imports {PACKAGE}.{name} of chapter {other.number}; "
                 "a module imports modules of earlier chapters"
             )
-        elif name not in project.modules or name == "__init__":
+        elif not (project.root / PACKAGE / f"{name}.py").exists() or name == "__init__":
             what = f"{PACKAGE}.{name}" if name else PACKAGE
             sentence = f"{what} is no module of a chapter; import from the module that defines it"
         else:
