@@ -39,6 +39,24 @@ def scaled_dot_product(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[T
     return einsum(weights, values, "... n m, ... m c -> ... n c"), weights
 
 
+def attention_weights(attention: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the weights (B, h, N, N) with which an `Attention` mixes tokens (B, N, E).
+
+    Entry [b, i, n, m] is how much of token m's value head i hands to token n.
+    """
+    return scaled_dot_product(*split_heads(attention.qkv(tokens), attention.num_heads))[1]
+
+
+def require_tokens(tokens: Tensor, embed_dim: int) -> None:
+    """Raise a `ValueError` unless tokens are floating-point numbers of shape (B, N, embed_dim)."""
+    if tokens.ndim != 3 or tokens.shape[-1] != embed_dim or not tokens.is_floating_point():
+        raise ValueError(
+            f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, but must be floating-point "
+            f"(B, N, {embed_dim}), one row for each token; make them from a map (B, {embed_dim}, "
+            "H, W) with rearrange(maps, 'b e h w -> b (h w) e')."
+        )
+
+
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut the qkv projection into queries, keys and values for each head.
 
@@ -50,16 +68,6 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         Queries, keys, values, each (B, h, N, E / h).
     """
     return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=num_heads).unbind()
-
-
-def require_tokens(tokens: Tensor, embed_dim: int) -> None:
-    """Raise a `ValueError` unless tokens are floating-point numbers of shape (B, N, embed_dim)."""
-    if tokens.ndim != 3 or tokens.shape[-1] != embed_dim or not tokens.is_floating_point():
-        raise ValueError(
-            f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, but must be floating-point "
-            f"(B, N, {embed_dim}), one row for each token; make them from a map (B, {embed_dim}, "
-            "H, W) with rearrange(maps, 'b e h w -> b (h w) e')."
-        )
 
 
 class Attention(nn.Module):
@@ -84,16 +92,6 @@ class Attention(nn.Module):
         rate = self.attn_drop_rate if self.training else 0.0
         mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate)
         return self.proj_drop(self.proj(rearrange(mixed, "b h n d -> b n (h d)")))
-
-
-def attention_weights(attention: Attention, tokens: Tensor) -> Tensor:
-    """Return the weights (B, h, N, N) that `attention` computes for tokens (B, N, E).
-
-    Entry [b, i, n, m] is how much of token m's value head i hands to token n. The fused kernel
-    never stores these numbers, so they are computed here a second time.
-    """
-    require_tokens(tokens, attention.proj.in_features)
-    return scaled_dot_product(*split_heads(attention.qkv(tokens), attention.num_heads))[1]
 
 
 class TokenNorm(nn.LayerNorm):
