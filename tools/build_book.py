@@ -2,7 +2,7 @@
 
     python tools/build_book.py
 
-Needs only the dependency group `book`: no torch, because the API pages are read from the source text.
+Needs only the dependency group `book`. The API pages are read from the source text, without torch.
 """
 
 import shutil
@@ -19,7 +19,7 @@ def main() -> int:
     """Run Jupyter Book, drop what no reader needs, say where the book is."""
     program = Path(sys.executable).with_name(COMMAND[0])
     if not program.exists() and not shutil.which(COMMAND[0]):
-        sys.exit('jupyter-book is missing; install it with: python -m pip install --group book')
+        sys.exit("jupyter-book is missing; install it with: python -m pip install --group book")
     command = [str(program) if program.exists() else COMMAND[0], *COMMAND[1:]]
     status = subprocess.run(command, cwd=ROOT).returncode
     if status:
