@@ -356,6 +356,19 @@ def test_data_page_states_the_right_checksums():
     assert stated == files | set(re.findall(r'"([0-9a-f]{64})"', module))
 
 
+def test_preface_states_the_minutes_of_each_chapter():
+    """The table of the preface repeats the chapters' cards."""
+    minutes = re.compile(r"read (\d+) · run (\d+) · practise (\d+)")
+    preface = (ROOT / "book" / "intro.md").read_text(encoding="utf-8").splitlines()
+    notebooks = sorted((ROOT / "chapters").glob("*.ipynb"))
+    assert notebooks
+    for path in notebooks:
+        card = minutes.search(nbformat.read(path, as_version=4).cells[0].source)
+        (row,) = [line for line in preface if f"chapters/{path.name}" in line]
+        assert card, f"{path.name}: no minutes in the card"
+        assert card[0] in row, f"{path.name}: {card[0]}, but the preface says {row}"
+
+
 def test_model_maps_are_what_the_tool_draws():
     sys.path.insert(0, str(ROOT / "tools"))
     import model_map

@@ -4,12 +4,13 @@ from pathlib import Path
 
 
 def skip(app, what, name, obj, skip, options) -> bool | None:
-    """Leave out members without a docstring or a type; None leaves the decision to others.
+    """Leave out what says nothing here; None leaves the decision to others.
 
-    A layer stored as an attribute is explained by its class; autoapi would list its bare name.
+    That is what a module imports from another one, and members without a docstring or a type: a
+    layer stored as an attribute is explained by its class.
     """
     documented = obj.docstring or getattr(obj, "annotation", None)
-    return None if documented else True
+    return None if documented and not obj.imported else True
 
 
 def depend_on_package(app, docname, source) -> None:
