@@ -71,7 +71,7 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Conformer paper, section 3.2; Vaswani et al. 2017, 3.2.2)."""
+    """Multi-head self-attention (Conformer paper, section 3; Vaswani et al. 2017, 3.2.2)."""
 
     def __init__(self, embed_dim, num_heads, qkv_bias=True, attn_drop_rate=0.0, drop_rate=0.0):
         super().__init__()
@@ -110,7 +110,7 @@ class TokenNorm(nn.LayerNorm):
 
 
 class Mlp(nn.Module):
-    """Two linear maps around a GELU, for each token on its own (Conformer paper, section 3.2)."""
+    """Two linear maps around a GELU, for each token on its own (Conformer paper, section 3)."""
 
     def __init__(self, embed_dim: int, hidden_dim: int, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Mlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block, attention and then MLP (Conformer paper, section 3.2)."""
+    """Pre-norm transformer block, attention and then MLP (Conformer paper, section 3)."""
 
     def __init__(
         self,
