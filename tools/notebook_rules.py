@@ -40,7 +40,7 @@ PARTS = (
 # Folders of one machine. A URL's path does not count: something stands before its slash.
 MACHINE = re.compile(
     r"(?<![\w.:/])/(?:home|root|tmp|Users|content|private|mnt)/[\w.-]*|\b[A-Z]:\\\w*|"
-    r"[\w./-]*site-packages"
+    r"site-packages"
 )
 MEMORY = re.compile(r"\bat 0x[0-9a-f]+")
 NUMBER = re.compile(r"(?<![\w.,/·^−-])(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![\w/^]|[.,]\d)")

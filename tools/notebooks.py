@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 # What stays of a cell's metadata. Naming what goes (nbstripout) would miss the next editor's keys.
 KEPT = ("mystnb", "tags")
-BAR = re.compile(r"[^\n]*\d+%\|[^|\n]*\|[^\n]*\n?")  # as tqdm draws it
+BAR = re.compile(r"\d%\|[^|]*\|")  # part of a line, as tqdm draws it
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -94,8 +94,9 @@ def clean_outputs(outputs: list[NotebookNode]) -> list[NotebookNode]:
             kept.append(output)
     for output in kept:
         if output.output_type == "stream":
-            shown = re.sub(r"[^\n]*\r(?!\n)", "", output.text.replace("\r\n", "\n"))
-            output.text = BAR.sub("", shown)
+            lines = output.text.replace("\r\n", "\n").split("\n")
+            shown = (line.rpartition("\r")[2] for line in lines)
+            output.text = "\n".join(line for line in shown if not BAR.search(line))
     return [o for o in kept if o.output_type != "stream" or o.text.strip()]
 
 
