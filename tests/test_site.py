@@ -356,17 +356,19 @@ def test_data_page_states_the_right_checksums():
     assert stated == files | set(re.findall(r'"([0-9a-f]{64})"', module))
 
 
-def test_preface_states_the_minutes_of_each_chapter():
-    """The table of the preface repeats the chapters' cards."""
+@pytest.mark.parametrize("table", ["README.md", "book/intro.md"])
+def test_table_states_the_minutes_of_each_chapter(table):
+    """Both tables of chapters repeat the chapters' cards."""
     minutes = re.compile(r"read (\d+) · run (\d+) · practise (\d+)")
-    preface = (ROOT / "book" / "intro.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / table).read_text(encoding="utf-8").splitlines()
     notebooks = sorted((ROOT / "chapters").glob("*.ipynb"))
     assert notebooks
     for path in notebooks:
         card = minutes.search(nbformat.read(path, as_version=4).cells[0].source)
-        (row,) = [line for line in preface if f"chapters/{path.name}" in line]
         assert card, f"{path.name}: no minutes in the card"
-        assert card[0] in row, f"{path.name}: {card[0]}, but the preface says {row}"
+        (row,) = [line for line in lines if f"chapters/{path.name}" in line]
+        expected = " · ".join(card.groups())
+        assert expected in row, f"{path.name} says {expected}, {table} says {row}"
 
 
 def test_model_maps_are_what_the_tool_draws():
