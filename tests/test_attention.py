@@ -21,7 +21,7 @@ from conformer_src.attention import (
     split_heads,
 )
 from conformer_src.checks import golden
-from conformer_src.conv_block import Stem, count_macs
+from conformer_src.conv_block import Stem, count_macs, count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = {
@@ -181,10 +181,10 @@ def test_chapter_shows_the_recorded_digest():
 @pytest.mark.parametrize(("embed_dim", "num_heads"), [(48, 3), (384, 6), (576, 9)])
 def test_parameters_follow_the_formula(embed_dim, num_heads):
     block = TransformerBlock(embed_dim, num_heads)
-    count = sum(p.numel() for p in block.parameters())
+    count = count_parameters(block)
     assert count == 12 * embed_dim**2 + 13 * embed_dim
     bare = TransformerBlock(embed_dim, num_heads, qkv_bias=False)
-    assert count - sum(p.numel() for p in bare.parameters()) == 3 * embed_dim
+    assert count - count_parameters(bare) == 3 * embed_dim
 
 
 def test_names_are_those_of_the_checkpoints():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conformer_src.attention import TransformerBlock, scaled_dot_product, split_heads
 from conformer_src.checks import agrees, exercise, require, require_shape
+from conformer_src.conv_block import count_parameters
 
 _FAULTS = {
     "split": "qkv is cut as [heads][3][d]: queries, keys and values of the heads are mixed up",
@@ -115,7 +116,7 @@ def check_prediction(answer: Callable[[], tuple[int, int, int]]) -> str:
 
     matrices = 12 * width**2
     linear_biases = 3 * width + width + hidden + width
-    expected = sum(p.numel() for p in TransformerBlock(width, 6).parameters())
+    expected = count_parameters(TransformerBlock(width, 6))
     mistakes = {
         matrices: "the weight matrices only: biases and the two norms are missing",
         matrices + linear_biases: "the two norms are missing: a scale and a shift for each width",
