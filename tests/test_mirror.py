@@ -260,7 +260,7 @@ def test_two_chapters_with_one_number(root):
         ("def _f():\n    import conformer_src.second", "chapter 01 imports conformer_src.second"),
         (
             "from conformer_src.checks import first",
-            "the package does not import conformer_src.chec",
+            "the package does not import conformer_src.checks",
         ),
         ("from conformer_src import cli", "the package does not import conformer_src.cli"),
         ("import conformer_src", "conformer_src is no module of a chapter; import from the module"),
