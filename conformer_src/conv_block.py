@@ -39,17 +39,21 @@ def _require_extra(extra: Tensor, inner: Tensor) -> None:
         )
 
 
+def _require_sizes(in_chans: int, out_chans: int, kernel: int, stride: int) -> None:
+    """Raise a `ValueError` for a convolution that cannot be built or does not keep its centre."""
+    if min(in_chans, out_chans, kernel, stride) < 1 or kernel % 2 == 0:
+        raise ValueError(
+            f"a convolution of {in_chans} -> {out_chans} channels with kernel {kernel} and stride "
+            f"{stride} cannot be built; choose at least 1 for each, and an odd kernel."
+        )
+
+
 def _require_widths(in_chans: int, out_chans: int, stride: int, project_shortcut: bool) -> None:
     """Raise a `ValueError` for a bottleneck that cannot be built or cannot add up."""
     if out_chans < 4 or out_chans % 4:
         raise ValueError(
             f"out_chans {out_chans} cannot be quartered for the inside of the bottleneck; "
             "choose a positive multiple of 4."
-        )
-    if in_chans < 1 or stride < 1:
-        raise ValueError(
-            f"in_chans {in_chans} and stride {stride} must both be at least 1; "
-            "give the channels of the map that comes in, and stride 1 to keep its size."
         )
     if not project_shortcut and (in_chans != out_chans or stride != 1):
         raise ValueError(
@@ -66,6 +70,7 @@ def conv_norm(
     Maps (B, in_chans, H, W) become (B, out_chans, ceil(H / stride), ceil(W / stride)). The two come
     apart, because in the checkpoints each has a name of its own.
     """
+    _require_sizes(in_chans, out_chans, kernel, stride)
     conv = nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv, nn.BatchNorm2d(out_chans, eps=eps)
