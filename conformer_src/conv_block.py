@@ -3,10 +3,10 @@
 The letters are those of the book: B batch, C channels, H and W a map, s stride. The arguments mean
 the same everywhere:
 
-    in_chans: channels of what comes in.
-    out_chans: channels of what goes out; a `ConvBlock` is a quarter as wide inside.
-    stride: by how much H and W shrink, rounded up.
-    project_shortcut: whether the shortcut of a `ConvBlock` is a 1x1 convolution with BatchNorm.
+- `in_chans`: channels of what comes in.
+- `out_chans`: channels of what goes out; a `ConvBlock` is a quarter as wide inside.
+- `stride`: by how much H and W shrink, rounded up.
+- `project_shortcut`: whether the shortcut of a `ConvBlock` is a 1x1 convolution with BatchNorm.
 
 Widths that cannot work, and maps that are not floating-point numbers of shape (B, C, H, W), raise
 `ValueError`. Attribute names are those of the authors' checkpoints.
@@ -95,10 +95,13 @@ class Stem(nn.Module):
 
 
 class ConvBlockOutput(NamedTuple):
-    """What a `ConvBlock` hands on; H and W are those of the input over the stride, rounded up."""
+    """What a `ConvBlock` hands on: `maps` to the next block, `tap` to the transformer branch.
 
-    maps: Tensor  # (B, out_chans, H, W), for the next block
-    tap: Tensor  # (B, out_chans / 4, H, W), for the transformer branch
+    H and W are those of the input over the stride, rounded up.
+    """
+
+    maps: Tensor  # (B, out_chans, H, W)
+    tap: Tensor  # (B, out_chans / 4, H, W)
 
 
 class ConvBlock(nn.Module):
