@@ -13,7 +13,12 @@ INSTALL := uv pip install --python $(BIN)/python
 else
 INSTALL := $(BIN)/python -m pip install
 endif
-PACKAGE := $(INSTALL) $(if $(LOCKED),$(LOCK)) --editable .
+ifdef LOCKED
+PACKAGE := $(INSTALL) --quiet --require-hashes --requirement requirements.lock \
+  && $(INSTALL) --quiet --no-deps --editable .
+else
+PACKAGE := $(INSTALL) --quiet --editable .
+endif
 
 .PHONY: help book serve zip lab test bench mirror notebooks lock clean
 
@@ -35,12 +40,12 @@ $(VENV)/.book: pyproject.toml | $(VENV)/.made
 
 $(VENV)/.lab: pyproject.toml | $(VENV)/.made
 	$(INSTALL) --quiet --group lab $(LOCK)
-	$(PACKAGE) --quiet
+	$(PACKAGE)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.made
 	$(INSTALL) --quiet --group test $(LOCK)
-	$(PACKAGE) --quiet
+	$(PACKAGE)
 	@touch $@
 
 book: $(VENV)/.book ## build the HTML, strictly, from the stored outputs
