@@ -10,3 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The tools are scripts that import each other, not a package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Start each test at the same point of the random stream, in whatever order they run."""
+    torch.manual_seed(0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
+from goldens import GOLDENS, with_digest
 from torch import nn
 
 from conformer_src.attention import (
@@ -24,15 +25,7 @@ from conformer_src.checks import golden
 from conformer_src.conv_block import Stem, count_macs, count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = {
-    path.stem: json.loads(path.read_text()) for path in (ROOT / "tests/golden").glob("*.json")
-}
-BLOCK_1 = sorted(n for n, g in GOLDENS.items() if "trans_1.cls" in g.get("digests", {}))
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+BLOCK_1 = with_digest("trans_1.cls")
 
 
 def tokens_of(embed_dim=48, batch=2, count=17, dtype=torch.float64):

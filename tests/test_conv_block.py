@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from goldens import GOLDENS, with_digest
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -22,18 +23,10 @@ from conformer_src.conv_block import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = {
-    path.stem: json.loads(path.read_text()) for path in (ROOT / "tests/golden").glob("*.json")
-}
-BLOCK_1 = sorted(n for n, g in GOLDENS.items() if "conv_1" in g.get("digests", {}))
+BLOCK_1 = with_digest("conv_1")
 MANIFESTS = sorted((ROOT / "tests/golden/manifests").glob("*_p*.json"))
 # in_chans, out_chans, stride, project_shortcut: every kind of block that the network has, small
 KINDS = [(8, 8, 1, False), (8, 8, 1, True), (8, 16, 2, True), (8, 8, 2, True), (8, 4, 1, True)]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def filled(*arguments):

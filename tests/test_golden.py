@@ -1,16 +1,12 @@
 """The golden numbers: weights out of names, and digests that notice a difference."""
 
 import doctest
-import json
-from pathlib import Path
 
 import pytest
 import torch
+from goldens import GOLDENS
 
 from conformer_src.checks import golden
-
-FOLDER = Path(__file__).parent / "golden"
-DIGESTS = json.loads((FOLDER / "reduced.json").read_text())
 
 
 def test_uniform_numbers_are_those_of_the_authors_of_the_digests():
@@ -56,4 +52,6 @@ def test_another_shape_and_nan_are_infinitely_far():
 
 
 def test_files_hold_the_digests_that_the_chapters_compare_with():
-    assert {"stem", "conv_1", "patch_embed", "trans_1.patches"} <= set(DIGESTS["digests"])
+    assert {"stem", "conv_1", "patch_embed", "trans_1.patches"} <= set(
+        GOLDENS["reduced"]["digests"]
+    )
