@@ -3,13 +3,13 @@
 The letters are those of the book: B batch, N tokens, E embedding width, h heads, d = E / h. The
 arguments mean the same in each class:
 
-    embed_dim: E.
-    num_heads: h; must divide E.
-    mlp_ratio: hidden width of the MLP over E.
-    qkv_bias: whether the projection to queries, keys and values has a bias.
-    drop_rate: dropout after the output projection, after the GELU and after the MLP.
-    attn_drop_rate: dropout on the attention weights.
-    drop_path_rate: probability that a sample skips a residual branch in training.
+- `embed_dim`: E.
+- `num_heads`: h; must divide E.
+- `mlp_ratio`: hidden width of the MLP over E.
+- `qkv_bias`: whether the projection to queries, keys and values has a bias.
+- `drop_rate`: dropout after the output projection, after the GELU and after the MLP.
+- `attn_drop_rate`: dropout on the attention weights.
+- `drop_path_rate`: probability that a sample skips a residual branch in training.
 
 Tokens that are not floating-point numbers of shape (B, N, E), and heads that do not share E
 evenly, raise `ValueError`. Attribute names are those of the authors' checkpoints.
