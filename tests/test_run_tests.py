@@ -22,10 +22,11 @@ def test_outcomes_and_reasons_are_counted(tmp_path, capfd):
     sample.run()
     assert dict(sample.counts) == {"passed": 1, "failed": 1, "skipped": 1}
     assert sample.failed
-    run_tests.summary([sample])
+    run_tests.summary([sample], ["site tests"])
     printed = capfd.readouterr().out
     assert "FAILED   sample" in printed
     assert "skipped 1: no browser" in printed
+    assert "not asked for: site tests" in printed
     assert printed.splitlines()[-1] == "1 passed, 1 failed, 1 skipped"
 
 

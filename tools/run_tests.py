@@ -123,8 +123,8 @@ def find(chapter: str) -> list[Path]:
     return found
 
 
-def summary(done: list[Part]) -> None:
-    """Print a line a part, the reasons for skips, and the total."""
+def summary(done: list[Part], left_out: list[str]) -> None:
+    """Print a line a part, the reasons for skips, what was not asked for, and the total."""
     print(f"\n== summary\n{'':9}{'part':<18}{'passed':>7}{'failed':>7}{'skipped':>8}{'seconds':>9}")
     total: Counter = Counter()
     for part in done:
@@ -135,6 +135,8 @@ def summary(done: list[Part]) -> None:
         print(f"{mark:<9}{part.name:<18}{numbers}{part.seconds:9.1f}")
         for reason, count in part.skips.items():
             print(f"{'':9}skipped {count}: {reason}")
+    if left_out:
+        print(f"not asked for: {', '.join(left_out)}")
     seconds = sum(part.seconds for part in done)
     print(f"in all {seconds / 60:.1f} minutes")
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
@@ -152,7 +154,8 @@ def main() -> int:
     chosen = [part for part in chosen if not arguments.parts or part.name in arguments.parts]
     for part in chosen:
         part.run()
-    summary(chosen)
+    ran = {part.name for part in chosen}
+    summary(chosen, [part.name for part in parts(None) if part.name not in ran])
     return int(any(part.failed for part in chosen))
 
 
