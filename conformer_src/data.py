@@ -5,13 +5,14 @@ import hashlib
 import os
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -49,22 +50,35 @@ def _sha256(images: Tensor) -> str:
     return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
 
+_REPAIR = "Reinstall conformer_src, or restore the file with `git checkout`."
+
+
+def _read_asset(name: str) -> Tensor:
+    """Read a picture that comes with the package as uint8 (C, H, W)."""
+    path = files("conformer_src") / "assets" / name
+    try:
+        with path.open("rb") as stream, Image.open(stream) as image:
+            return TF.pil_to_tensor(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing. {_REPAIR}") from None
+    except Exception as error:  # Pillow reports broken files in many ways
+        raise ValueError(f"{path} cannot be read ({error}). {_REPAIR}") from None
+
+
 def _read_sheet(split: str) -> Tensor:
     """Read a sheet of 28 x 28 pictures as uint8 (n, 28, 28); refuse an altered one."""
-    path = files("conformer_src") / "assets" / f"fashion_{split}.png"
-    repair = "Reinstall conformer_src, or restore the file with `git checkout`."
-    try:
-        with path.open("rb") as stream, Image.open(stream) as sheet:
-            pixels = TF.pil_to_tensor(sheet)[0]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing. {repair}") from None
-    except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as either
-        raise ValueError(f"{path} cannot be read ({error}). {repair}") from None
+    name = f"fashion_{split}.png"
+    pixels = _read_asset(name)[0]
     if pixels.shape[0] % 28 == 0 and pixels.shape[1] % 28 == 0:
         tiles = pixels.unfold(0, 28, 28).unfold(1, 28, 28).flatten(0, 1).contiguous()
         if _sha256(tiles) == _SHEET_SHA256[split]:
             return tiles
-    raise ValueError(f"{path} was altered: its pixels do not have the recorded SHA-256. {repair}")
+    raise ValueError(f"{name} was altered: its pixels do not have the recorded SHA-256. {_REPAIR}")
+
+
+def _require_size(size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size is {size}; give the side of a square, a whole number of pixels")
 
 
 class FashionSubset(Dataset):
@@ -92,13 +106,17 @@ class FashionSubset(Dataset):
         return (self.transform(image) if self.transform else image), int(self.labels[index])
 
 
+def _is_damaged(path: Path) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() != _FASHION_FILES[path.name]
+
+
 def _fashion_is_whole(raw: Path) -> bool:
     """Whether the four unpacked files are there; refuse them if they are damaged."""
     paths = [raw / name for name in _FASHION_FILES]
     if not all(path.is_file() for path in paths):
         return False
     for path in paths:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != _FASHION_FILES[path.name]:
+        if _is_damaged(path):
             raise ValueError(
                 f"{path} is damaged: it does not have the recorded SHA-256. "
                 f"Delete the folder {raw} and call fashion_mnist again."
@@ -106,40 +124,67 @@ def _fashion_is_whole(raw: Path) -> bool:
     return True
 
 
-def _unpack_debian(raw: Path) -> None:
-    for name in _FASHION_FILES:
-        (raw / name).write_bytes(gzip.decompress((_DEBIAN / f"{name}.gz").read_bytes()))
+def _unpack_debian(raw: Path) -> str:
+    """Unpack Debian's files into `raw`; return why that cannot be done, or nothing."""
+    packed = {name: _DEBIAN / f"{name}.gz" for name in _FASHION_FILES}
+    if not all(path.is_file() for path in packed.values()):
+        return f"Debian's package dataset-fashion-mnist is not installed ({_DEBIAN})"
+    for name, path in packed.items():
+        try:
+            content = gzip.decompress(path.read_bytes())
+        except (OSError, EOFError, zlib.error) as error:
+            return f"Debian's {path} cannot be read ({error})"
+        if hashlib.sha256(content).hexdigest() != _FASHION_FILES[name]:
+            return f"Debian's {path} is damaged, it does not have the recorded SHA-256"
+        (raw / name).write_bytes(content)
+    return ""
+
+
+def _download(scratch: str, raw: Path) -> str:
+    """Let torchvision download the files into `raw`; return why that failed, or nothing."""
+    try:
+        datasets.FashionMNIST(scratch, download=True)
+        damaged = [name for name in _FASHION_FILES if _is_damaged(raw / name)]
+    except Exception as error:  # network, disk, archive: one more thing that was tried
+        return f"the download failed ({' '.join(str(error).split())})"
+    return f"the download is damaged ({', '.join(damaged)})" if damaged else ""
+
+
+def _collect_fashion(scratch: str, raw: Path, download: bool) -> list[str]:
+    """Bring the four files to `raw`; return all reasons why not, or nothing."""
+    raw.mkdir(parents=True)
+    no_debian = _unpack_debian(raw)
+    if not no_debian:
+        return []
+    if not download:
+        return [no_debian, "downloading was not allowed (download=False)"]
+    no_download = _download(scratch, raw)
+    return [no_debian, no_download] if no_download else []
 
 
 def _install_fashion(root: Path, download: bool) -> None:
-    """Put the four files under `root`, all of them or none."""
+    """Put the four files under `root`, checked, each in one step; a part of them is never used."""
     target = root / "FashionMNIST" / "raw"
-    tried = [f"no complete set in {target}"]
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        raw = Path(scratch) / "FashionMNIST" / "raw"
-        raw.mkdir(parents=True)
-        if all((_DEBIAN / f"{name}.gz").is_file() for name in _FASHION_FILES):
-            _unpack_debian(raw)
-        else:
-            tried.append(f"Debian's package dataset-fashion-mnist is not installed ({_DEBIAN})")
-            if not download:
-                tried.append("downloading was not allowed (download=False)")
-            else:
-                try:
-                    datasets.FashionMNIST(scratch, download=True)
-                except (OSError, RuntimeError) as error:
-                    tried.append(f"the download failed ({error})")
-        if not _fashion_is_whole(raw):
-            raise FileNotFoundError(
-                f"Fashion-MNIST was not found: {'; '.join(tried)}. Mend one of the three, or use "
-                "FashionSubset, which comes with the package."
-            )
-        for archive in raw.glob("*.gz"):
-            archive.unlink()
-        target.mkdir(parents=True, exist_ok=True)
-        for name in _FASHION_FILES:
-            os.replace(raw / name, target / name)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as scratch:
+            raw = Path(scratch) / "FashionMNIST" / "raw"
+            missing = _collect_fashion(scratch, raw, download)
+            if not missing:
+                target.mkdir(parents=True, exist_ok=True)
+                for name in _FASHION_FILES:
+                    os.replace(raw / name, target / name)
+    except OSError as error:
+        raise OSError(
+            f"Fashion-MNIST cannot be stored in {root} ({error}). Make room there and allow "
+            "writing, or name another folder with root=..., or use FashionSubset."
+        ) from None
+    if missing:
+        tried = "; ".join([f"no complete set in {target}", *missing])
+        raise FileNotFoundError(
+            f"Fashion-MNIST was not found: {tried}. Mend one of the three, or use "
+            "FashionSubset, which comes with the package."
+        )
 
 
 def fashion_mnist(
@@ -155,6 +200,7 @@ def fashion_mnist(
 
     Raises:
         FileNotFoundError: None of the three is there; the message says what was tried.
+        OSError: Nothing can be written under `root`.
         ValueError: A file under `root` is damaged.
     """
     root = Path(root or Path(torch.hub.get_dir()) / "datasets")
@@ -166,8 +212,11 @@ def fashion_mnist(
 def _load_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits: convert("RGB") alone would cut at 255
+                upright = upright.convert("I").point(lambda value: value * (1 / 257))
+            return upright.convert("RGB")
+    except Exception as error:  # Pillow reports broken files in many ways
         raise ValueError(
             f"{path} cannot be read as an image ({error}). "
             'Remove it, or leave such files out with corrupt="skip".'
@@ -190,7 +239,8 @@ def image_folder(
     """Return your own images, one sub-folder a class: `root/cats/1.jpg`, `root/dogs/2.png`.
 
     An unreadable file raises an error with its name when its turn comes ("refuse"), or all files
-    are tried now and the unreadable ones left out with a warning that names them ("skip").
+    are tried now and the unreadable ones left out with a warning that names them ("skip"). Hidden
+    files and folders, whose names start with a dot, do not count.
 
     Raises:
         FileNotFoundError: No such folder, no sub-folders, or a class without images.
@@ -198,38 +248,59 @@ def image_folder(
     """
     if corrupt not in ("refuse", "skip"):
         raise ValueError(f'corrupt is "{corrupt}"; choose "refuse" or "skip"')
-    _require_classes(Path(root))
-    dataset = datasets.ImageFolder(str(root), transform, loader=_load_rgb)
+    dataset = _Pictures(Path(root), transform)
     if corrupt == "skip":
         _drop_unreadable(dataset)
     return dataset
 
 
-def _require_classes(root: Path) -> None:
-    rule = (
-        "One sub-folder a class is expected, each with at least one image: root/CLASS/picture.jpg."
-    )
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}. {rule}")
-    classes = sorted(path for path in root.iterdir() if path.is_dir())
-    if not classes:
-        raise FileNotFoundError(f"{root} has no sub-folders. {rule}")
-    endings = datasets.folder.IMG_EXTENSIONS
-    for path in classes:
-        if not any(file.name.lower().endswith(endings) for file in path.rglob("*")):
-            raise FileNotFoundError(f"{path} holds no images ({', '.join(endings)}). {rule}")
+_RULE = "One sub-folder a class is expected, each with at least one image: root/CLASS/picture.jpg."
 
 
-def _drop_unreadable(dataset: datasets.ImageFolder) -> None:
+class _Pictures(datasets.ImageFolder):
+    """torchvision's ImageFolder without what is hidden: .ipynb_checkpoints, ._1.jpg."""
+
+    def __init__(self, root: Path, transform: Callable | None):
+        # Empty classes are allowed here, because only what is left below counts.
+        super().__init__(str(root), transform, loader=_load_rgb, allow_empty=True)
+        start = len(self.root)  # the folder itself may lie in a hidden one
+        self.keep([item for item in self.samples if f"{os.sep}." not in item[0][start:]])
+        for label in sorted(set(self.class_to_idx.values()) - set(self.targets)):
+            endings = ", ".join(datasets.folder.IMG_EXTENSIONS)
+            empty = root / self.classes[label]
+            raise FileNotFoundError(f"{empty} holds no images ({endings}). {_RULE}")
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Return the visible sub-folders, sorted, and their numbers."""
+        root = Path(directory)
+        if not root.is_dir():
+            raise FileNotFoundError(f"There is no folder {root}. {_RULE}")
+        folders = [path for path in root.iterdir() if path.is_dir()]
+        names = sorted(path.name for path in folders if not path.name.startswith("."))
+        if not names:
+            raise FileNotFoundError(f"{root} has no sub-folders. {_RULE}")
+        return names, {name: label for label, name in enumerate(names)}
+
+    def keep(self, samples: list[tuple[str, int]]) -> None:
+        """Let these (path, label) pairs be all there are."""
+        self.samples = self.imgs = samples
+        self.targets = [label for _, label in samples]
+
+
+def _drop_unreadable(dataset: _Pictures) -> None:
     good = [sample for sample in dataset.samples if _is_readable(sample[0])]
-    bad = sorted({path for path, _ in dataset.samples} - {path for path, _ in good})
-    for label, name in enumerate(dataset.classes):
-        if all(target != label for _, target in good):
-            raise ValueError(f'No image of class "{name}" can be read; the first is {bad[0]}.')
+    bad = sorted(set(dataset.samples) - set(good))
+    usable = {label for _, label in good}
+    for path, label in bad:
+        if label not in usable:
+            name = dataset.classes[label]
+            raise ValueError(f'No image of class "{name}" can be read; the first is {path}.')
     if bad:
-        warnings.warn(f"left out {len(bad)} unreadable files: {', '.join(bad)}", stacklevel=3)
-    dataset.samples = dataset.imgs = good
-    dataset.targets = [label for _, label in good]
+        named = ", ".join(path for path, _ in bad[:10])
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        count = f"{len(bad)} of {len(dataset)} files"
+        warnings.warn(f"left out {count}, unreadable: {named}{more}", stacklevel=3)
+    dataset.keep(good)
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -242,6 +313,7 @@ def photo_transform(train: bool, size: int = 224) -> v2.Compose:
     Training crops at random and flips; evaluation resizes the shorter side to size / 0.875 and cuts
     out the centre (256, 224). Both interpolate bicubically and use ImageNet's mean and deviation.
     """
+    _require_size(size)
     bicubic = v2.InterpolationMode.BICUBIC
     if train:
         crop = [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
@@ -308,10 +380,11 @@ def local_global(count: int, seed: int = 0, size: int = 64) -> LocalGlobal:
     """Draw images whose label needs something small and something far apart; equal for equal seeds.
 
     Raises:
-        ValueError: `count` is not positive, or `size` is below 48 (no room between the bars).
+        ValueError: `count` is below 1, or `size` below 48 (no room between the bars).
     """
-    if count < 1 or size < 48:
-        raise ValueError(f"count {count} and size {size}: at least 1 image of at least 48 pixels")
+    if not (isinstance(count, int) and isinstance(size, int)) or count < 1 or size < 48:
+        rule = "whole numbers, at least 1 image of at least 48 pixels"
+        raise ValueError(f"count is {count} and size is {size}; expected {rule}")
     generator = torch.Generator().manual_seed(seed)
     images = 0.3 * torch.randn(count, size, size, generator=generator)
     slope = (torch.arange(size) - size / 2) / size
@@ -329,9 +402,11 @@ def check_batch(images: Tensor, labels: Tensor, in_chans: int, num_classes: int)
     """Refuse a batch that no network of this many channels and classes can take, saying why.
 
     Raises:
-        TypeError: Images are not floating point, or labels are not int64.
+        TypeError: Not tensors, images that are not floating point, or labels that are not int64.
         ValueError: Images are not (B, in_chans, H, W), labels not (B,), or a label is out of range.
     """
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise TypeError("images and labels must both be tensors; torch.as_tensor makes them")
     if not images.is_floating_point():
         raise TypeError(f"images are {images.dtype}; convert them, for example with images / 255")
     if images.ndim != 4 or images.shape[1] != in_chans:
@@ -339,14 +414,11 @@ def check_batch(images: Tensor, labels: Tensor, in_chans: int, num_classes: int)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels are {labels.dtype}; class numbers are int64: use labels.long()")
     if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels are {tuple(labels.shape)}; expected ({len(images)},), one an image"
-        )
+        raise ValueError(f"labels are {tuple(labels.shape)}; expected ({len(images)},)")
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
-        raise ValueError(
-            f"label {wrong[0]} is not among the {num_classes} classes 0 to {num_classes - 1}"
-        )
+        rule = f"the {num_classes} classes 0 to {num_classes - 1}"
+        raise ValueError(f"label {wrong[0]} is not among {rule}")
 
 
 PHOTOGRAPHS = ("cat", "coffee")
@@ -356,20 +428,23 @@ def photograph(name: str, size: int = 224) -> Tensor:
     """Return a photograph that comes with the package, float (3, size, size) between 0 and 1.
 
     Raises:
-        ValueError: There is no photograph of this name; the message lists those there are.
+        ValueError: There is no photograph of this name (the message lists those there are), or
+            `size` is not a whole number of pixels.
     """
     if name not in PHOTOGRAPHS:
         raise ValueError(f'there is no photograph "{name}"; there are {", ".join(PHOTOGRAPHS)}')
-    path = files("conformer_src") / "assets" / f"{name}.jpg"
-    with path.open("rb") as stream, Image.open(stream) as image:
-        pixels = TF.pil_to_tensor(image.convert("RGB"))
-    return TF.to_dtype(TF.resize(pixels, [size, size]), torch.float32, scale=True)
+    _require_size(size)
+    pixels = TF.resize(_read_asset(f"{name}.jpg"), [size, size])
+    return TF.to_dtype(pixels, torch.float32, scale=True)
 
 
 def show_images(images: Sequence[Tensor], titles: Sequence[str] | None = None) -> None:
     """Draw a row of images with titles: (3, H, W) in colour, (1, H, W) or (H, W) in grey."""
     import matplotlib.pyplot as plt  # here, so that importing the package stays quick
 
+    if not len(images) or (titles and len(titles) != len(images)):
+        counts = f"{len(images)} images and {len(titles or [])} titles"
+        raise ValueError(f"{counts}; give at least one image, and a title each or none at all")
     figure, axes = plt.subplots(1, len(images), figsize=(1.3 * len(images), 1.6), squeeze=False)
     for index, (image, axis) in enumerate(zip(images, axes[0], strict=True)):
         pixels = image.detach().cpu().squeeze().numpy()

@@ -182,9 +182,87 @@ def test_altered_debian_file_is_refused(debian_root, tmp_path, monkeypatch):
     for name in data._FASHION_FILES:
         (fake / f"{name}.gz").write_bytes(gzip.compress(b"not the data"))
     monkeypatch.setattr(data, "_DEBIAN", fake)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte\.gz is damaged.*Mend"):
+        data.fashion_mnist(root=tmp_path / "root", download=False)
+    assert list((tmp_path / "root").rglob("*")) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"x" * 999)[:-9]])
+def test_broken_debian_archive_is_one_sentence(tmp_path, monkeypatch, content):
+    for name in data._FASHION_FILES:
+        (tmp_path / f"{name}.gz").write_bytes(content)
+    monkeypatch.setattr(data, "_DEBIAN", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"ubyte\.gz (cannot be read|is damaged)") as caught:
+        data.fashion_mnist(root=tmp_path / "root", download=False)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "root").rglob("*")) == []
+
+
+def test_damaged_download_is_refused(tmp_path, monkeypatch):
+    def download(self):
+        raw = data.Path(self.raw_folder)
+        raw.mkdir(parents=True, exist_ok=True)
+        for name in data._FASHION_FILES:
+            (raw / name).write_bytes(b"half")
+
+    monkeypatch.setattr(data, "_DEBIAN", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets.FashionMNIST, "download", download)
+    monkeypatch.setattr(datasets.FashionMNIST, "_load_data", lambda self: (None, None))
+    with pytest.raises(FileNotFoundError, match=r"the download is damaged \(train-images"):
         data.fashion_mnist(root=tmp_path / "root")
     assert list((tmp_path / "root").rglob("*")) == []
+
+
+def test_root_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"cannot be stored in .*file.*another folder with root="):
+            data.fashion_mnist(root=root, download=False)
+
+
+@pytest.fixture
+def small_set(tmp_path, monkeypatch):
+    """Four small files in the place of Debian's."""
+    monkeypatch.setattr(data, "_DEBIAN", tmp_path / "debian")
+    (tmp_path / "debian").mkdir()
+    for name in data._FASHION_FILES:
+        (tmp_path / "debian" / f"{name}.gz").write_bytes(gzip.compress(name.encode()))
+    sums = {name: hashlib.sha256(name.encode()).hexdigest() for name in data._FASHION_FILES}
+    monkeypatch.setattr(data, "_FASHION_FILES", sums)
+    return tmp_path / "root"
+
+
+def test_full_disk_leaves_nothing(small_set, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot be stored in .*No space left.*Make room"):
+        data._install_fashion(small_set, download=False)
+    assert list(small_set.rglob("*")) == []
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_interruption_leaves_no_scratch_and_is_mended_by_the_next_call(
+    small_set, monkeypatch, after
+):
+    replace, moved = data.os.replace, []
+
+    def interrupted(source, target):
+        if len(moved) == after:
+            raise KeyboardInterrupt
+        moved.append(target)
+        replace(source, target)
+
+    raw = small_set / "FashionMNIST" / "raw"
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            data._install_fashion(small_set, download=False)
+    assert [path.name for path in small_set.iterdir()] == ["FashionMNIST"]
+    assert not data._fashion_is_whole(raw)
+    data._install_fashion(small_set, download=False)
+    assert data._fashion_is_whole(raw)
 
 
 # --- own images
@@ -209,7 +287,7 @@ def test_corrupt_image_is_named_when_skipped(pictures):
     (pictures / "cats/1.png").write_bytes(b"no picture")
     content = (pictures / "dogs/2.png").read_bytes()
     (pictures / "dogs/2.png").write_bytes(content[: len(content) // 2])
-    with pytest.warns(UserWarning, match=r"left out 2 unreadable files: .*1\.png, .*2\.png"):
+    with pytest.warns(UserWarning, match=r"left out 2 of 6 files, unreadable: .*1\.png, .*2\.png"):
         dataset = data.image_folder(pictures, corrupt="skip")
     assert dataset.targets == [0, 0, 1, 1]
     assert [label for _, label in dataset] == [0, 0, 1, 1]
@@ -220,6 +298,61 @@ def test_class_of_corrupt_images_only(pictures):
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match='No image of class "cats" can be read'):
         data.image_folder(pictures, corrupt="skip")
+
+
+def test_message_names_a_file_of_the_unreadable_class(pictures):
+    for path in [pictures / "cats/0.png", *(pictures / "dogs").iterdir()]:
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r'class "dogs" can be read; the first is .*dogs.0\.png'):
+        data.image_folder(pictures, corrupt="skip")
+
+
+def test_many_unreadable_files_are_counted_and_ten_named(pictures):
+    for number in range(100, 130):
+        (pictures / f"cats/{number}.jpg").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"left out 30 of 36 files.* and 20 more$") as caught:
+        assert len(data.image_folder(pictures, corrupt="skip")) == 6
+    assert str(caught[0].message).count(".jpg") == 10
+    assert caught[0].filename == __file__  # it points at the caller's line
+
+
+def test_hidden_files_and_folders_do_not_count(pictures):
+    (pictures / ".ipynb_checkpoints").mkdir()
+    shutil.copytree(pictures / "cats", pictures / "cats/.ipynb_checkpoints")
+    (pictures / "cats/._0.png").write_bytes(b"left by macOS")
+    dataset = data.image_folder(pictures)
+    assert (dataset.classes, dataset.targets) == (["cats", "dogs"], [0, 0, 0, 1, 1, 1])
+    hidden = pictures.rename(pictures.parent / ".own")
+    assert len(data.image_folder(hidden)) == 6  # where the folder itself lies plays no part
+
+
+def test_linked_folders_are_followed(pictures, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/all").symlink_to(pictures / "cats", target_is_directory=True)
+    (tmp_path / "linked/nested").mkdir()
+    (tmp_path / "linked/nested/below").symlink_to(pictures / "dogs", target_is_directory=True)
+    assert data.image_folder(tmp_path / "linked").targets == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_folder_named_like_a_picture_is_no_picture(tmp_path):
+    (tmp_path / "cats/1.png").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="cats holds no images"):
+        data.image_folder(tmp_path)
+
+
+def test_huge_image_counts_as_unreadable(pictures, monkeypatch):
+    Image.new("RGB", (100, 100)).save(pictures / "cats/1.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    with pytest.raises(ValueError, match=r"1\.png cannot be read .*exceeds limit"):
+        data.image_folder(pictures)[1]
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    (tmp_path / "a").mkdir()
+    shades = torch.tensor([[0, 257 * 100, 65_535]], dtype=torch.uint16)
+    Image.fromarray(shades.numpy()).save(tmp_path / "a/1.png")
+    image, _ = data.image_folder(tmp_path)[0]
+    assert [image.getpixel((column, 0))[0] for column in range(3)] == [0, 100, 255]
 
 
 def test_unknown_choice(pictures):
@@ -338,7 +471,7 @@ def test_labels():
     assert drawn.coupled_label().tolist() == [0, 0, 3, 3]
 
 
-@pytest.mark.parametrize(("count", "size"), [(0, 64), (-1, 64), (1, 47)])
+@pytest.mark.parametrize(("count", "size"), [(0, 64), (-1, 64), (1, 47), (1e3, 64), (1, 64.0)])
 def test_drawn_set_refuses_sizes_that_do_not_fit(count, size):
     with pytest.raises(ValueError, match="at least 1 image of at least 48 pixels"):
         data.local_global(count, size=size)
@@ -354,6 +487,8 @@ GOOD = torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
     ("images", "labels", "error", "words"),
     [
         (GOOD[0].to(torch.uint8), GOOD[1], TypeError, "images are torch.uint8; convert"),
+        (GOOD[0].numpy(), GOOD[1], TypeError, "images and labels must both be tensors"),
+        (GOOD[0], [0, 1, 2, 3], TypeError, "images and labels must both be tensors"),
         (GOOD[0][0], GOOD[1], ValueError, r"images are \(1, 8, 8\); expected \(B, 1, H, W\)"),
         (GOOD[0].expand(4, 3, 8, 8), GOOD[1], ValueError, r"images are \(4, 3, 8, 8\)"),
         (GOOD[0], GOOD[1].float(), TypeError, "labels are torch.float32; class numbers are int64"),
@@ -382,6 +517,33 @@ def test_photographs(name):
 def test_unknown_photograph():
     with pytest.raises(ValueError, match='no photograph "dog"; there are cat, coffee'):
         data.photograph("dog")
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"no picture", 5_000])
+def test_missing_and_broken_photograph(assets, damage):
+    path = assets / "cat.jpg"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:damage] if isinstance(damage, int) else damage)
+    error, words = (FileNotFoundError, "missing") if damage is None else (ValueError, "cannot be")
+    with pytest.raises(error, match=rf"cat\.jpg .*{words}.*Reinstall"):
+        data.photograph("cat")
+
+
+@pytest.mark.parametrize("size", [0, -3, 3.5, (3, 4), "64"])
+def test_sizes_that_are_no_number_of_pixels(size):
+    for call in (lambda: data.photograph("cat", size), lambda: data.photo_transform(True, size)):
+        with pytest.raises(ValueError, match=r"size is .*; give the side of a square"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("count", "titles"), [(0, None), (2, ["a"]), (1, ["a", "b"])], ids=["none", "few", "many"]
+)
+def test_show_images_wants_a_title_each(count, titles):
+    with pytest.raises(ValueError, match=f"{count} images and .*; give at least one image"):
+        data.show_images([torch.rand(8, 8)] * count, titles)
 
 
 def test_show_images():
