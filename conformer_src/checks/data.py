@@ -34,10 +34,13 @@ def check_receptive_field(answer) -> str:
     )
     two = [(3, 2), (3, 1)]
     require(
-        answer(two) != 5, "you left out the strides: after a stride of 2 a step is 2 pixels wide"
+        answer([(3, 2)]) == 3, "a layer's own stride does not widen its own window, only later ones"
     )
     require(
-        answer([(3, 2)]) == 3, "a layer's own stride does not widen its own window, only later ones"
+        answer(two[::-1]) == 5, "a stride widens the steps of later layers, not of earlier ones"
+    )
+    require(
+        answer(two) != 5, "you left out the strides: after a stride of 2 a step is 2 pixels wide"
     )
     for layers in (two, [(7, 2), (3, 2)], [(3, 2), (3, 2), (3, 2), (5, 1)], [(1, 2), (3, 1)]):
         require(
@@ -85,16 +88,20 @@ def check_similarity(answer) -> str:
     )
     require(
         not agrees(value.diagonal(), torch.ones(6), 1e-4),
-        "each patch is like itself, but the rest is wrong: were pixels of several patches mixed?",
+        "each patch is like itself, but the rest is wrong: were pixels of several patches mixed, "
+        "or did you take off something else than the mean patch, with its value for each pixel?",
     )
-    raise Mistake("a patch must have cosine 1 with itself: the diagonal is not 1")
+    raise Mistake(
+        "a patch must have cosine 1 with itself, but the diagonal is not 1: take off the mean "
+        "patch first, then divide each patch by its length"
+    )
 
 
 @exercise
 def check_label(answer) -> str:
     """Check a labelling of (rotation, agreement) that no sum of two opinions solves."""
     rotation, agreement = torch.arange(8) // 2, torch.arange(8) % 2
-    labels = answer(rotation, agreement)
+    labels = answer(rotation.clone(), agreement.clone())  # an answer may work in place
     require_shape(labels, (8,), "for 8 images the result")
     require(labels.dtype == torch.int64, f"labels are {labels.dtype}; class numbers are int64")
     require(int(labels.min()) >= 0, f"label {int(labels.min())} is negative; classes count from 0")

@@ -26,6 +26,7 @@ WRONG = {
         (FIELD.format("field += kernel_size * step; step *= stride"), "adds nothing"),
         (FIELD.format("step *= stride; field += (kernel_size - 1) * step"), "own window"),
         (FIELD.format("field += (kernel_size - 1) * step; step = stride"), "all earlier layers"),
+        (FIELD.format("field = (field - 1) * stride + kernel_size"), "not of earlier ones"),
         ("def my_receptive_field(layers): return 0", "starts at 1"),
         ("def my_receptive_field(layers): return 1.0", "return an int"),
         (FIELD.format("field += (kernel_size - 1) * missing"), "NameError"),
@@ -59,6 +60,18 @@ WRONG = {
                 "q = F.normalize(patches - patches.mean(0), dim=1); return q @ q.T",
             ),
             "mixed",
+        ),
+        (
+            SIMILARITY.format(
+                ROWS, "q = F.normalize(patches - patches.mean(), dim=1); return q @ q.T"
+            ),
+            "something else than the mean patch",
+        ),
+        (
+            SIMILARITY.format(
+                ROWS, "q = F.normalize(patches, dim=1); q = q - q.mean(0); return q @ q.T"
+            ),
+            "patch first, then divide",
         ),
         (SIMILARITY.format(ROWS, "return patches"), "shape"),
         (SIMILARITY.format(ROWS, "return torch.zeros(6, 6)"), "diagonal"),
