@@ -65,8 +65,13 @@ def _read_asset(name: str) -> Tensor:
         raise ValueError(f"{path} cannot be read ({error}). {_REPAIR}") from None
 
 
-def _read_sheet(split: str) -> Tensor:
+def _read_sheet(train: bool) -> Tensor:
     """Read a sheet of 28 x 28 pictures as uint8 (n, 28, 28); refuse an altered one."""
+    if not isinstance(train, bool):  # "test" would count as true
+        raise TypeError(
+            f"train is {train!r}; give True for the training images, False for the test"
+        )
+    split = "train" if train else "test"
     name = f"fashion_{split}.png"
     pixels = _read_asset(name)[0]
     if pixels.shape[0] % 28 == 0 and pixels.shape[1] % 28 == 0:
@@ -94,7 +99,7 @@ class FashionSubset(Dataset):
     classes = FASHION_CLASSES
 
     def __init__(self, train: bool = True, transform: Callable | None = None):
-        self.images = _read_sheet("train" if train else "test").unsqueeze(1)  # (n, 1, 28, 28)
+        self.images = _read_sheet(train).unsqueeze(1)  # (n, 1, 28, 28)
         self.labels = torch.arange(10).repeat_interleave(len(self.images) // 10)
         self.transform = transform
 

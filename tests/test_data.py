@@ -47,6 +47,11 @@ def test_subset_is_stratified(train, count):
     assert len(subset.classes) == 10
 
 
+def test_subset_is_not_chosen_by_a_string():
+    with pytest.raises(TypeError, match="train is 'test'; give True for the training images"):
+        data.FashionSubset("test")
+
+
 def test_subset_fits_the_budget():
     sheets = (data.files("conformer_src") / "assets").glob("fashion_*.png")
     assert sum(path.stat().st_size for path in sheets) <= 5e6
