@@ -439,8 +439,9 @@ def photograph(name: str, size: int = 224) -> Tensor:
     if name not in PHOTOGRAPHS:
         raise ValueError(f'there is no photograph "{name}"; there are {", ".join(PHOTOGRAPHS)}')
     _require_size(size)
-    pixels = TF.resize(_read_asset(f"{name}.jpg"), [size, size])
-    return TF.to_dtype(pixels, torch.float32, scale=True)
+    # Resized as floats: on bytes, processors round differently.
+    pixels = TF.to_dtype(_read_asset(f"{name}.jpg"), torch.float32, scale=True)
+    return TF.resize(pixels, [size, size]).clamp(0, 1)
 
 
 def show_images(images: Sequence[Tensor], titles: Sequence[str] | None = None) -> None:
