@@ -2,8 +2,8 @@
 
     import conformer_src as cs
 
-    train = cs.FashionSubset(train=True)
-    block = cs.ConvBlock(64, 256, project_shortcut=True)
+    model = cs.create_model("conformer_tiny_patch16", num_classes=10)
+    logits = model(images)  # DualLogits(conv, trans)
 
 Each module is built by the chapter of the same name.
 """
@@ -19,19 +19,46 @@ except (ImportError, OSError, RuntimeError) as error:  # the three faces of a mi
     ) from error
 
 from conformer_src.attention import Attention, Mlp, TransformerBlock
+from conformer_src.conformer import (
+    Conformer,
+    ConformerConfig,
+    DualLogits,
+    ModelCard,
+    create_model,
+    list_models,
+    model_card,
+)
 from conformer_src.conv_block import ConvBlock, Stem
+from conformer_src.cost import optimize_for_inference
+from conformer_src.coupled_block import ConvTransBlock, Features, MedConvBlock
 from conformer_src.data import FashionSubset, fashion_mnist, image_folder, local_global, photograph
+from conformer_src.fcu import FCUDown, FCUUp
+from conformer_src.weights import load_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "Attention",
+    "Conformer",
+    "ConformerConfig",
     "ConvBlock",
+    "ConvTransBlock",
+    "DualLogits",
+    "FCUDown",
+    "FCUUp",
     "FashionSubset",
+    "Features",
+    "MedConvBlock",
     "Mlp",
+    "ModelCard",
     "Stem",
     "TransformerBlock",
+    "create_model",
     "fashion_mnist",
     "image_folder",
+    "list_models",
+    "load_weights",
     "local_global",
+    "model_card",
+    "optimize_for_inference",
     "photograph",
 ]
