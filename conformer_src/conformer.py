@@ -453,7 +453,7 @@ CARDS = {
     "conformer_small_patch16": ModelCard(224, 37_673_424, 10_599_350_272, 83.4, "the paper"),
     "conformer_small_patch32": ModelCard(224, 38_853_072, 7_045_835_776, 81.96, "OpenMMLab"),
     "conformer_base_patch16": ModelCard(224, 83_289_136, 23_325_745_152, 84.1, "the paper"),
-    "conformer_micro": ModelCard(32, 0, 0),
+    "conformer_micro": ModelCard(32, 469_068, 10_041_984),
 }
 
 
