@@ -2,19 +2,25 @@
 
     python tools/model_map.py    # writes book/_static/map/NN_name.svg for each line of LIT
 
-A new chapter is one more line in LIT. The parts are image, stem, conv, trans, fcu, heads, blocks.
+A new chapter is one more line in LIT. The parts are image, stem, conv, trans, fcu, heads, blocks;
+one block alone is a part with its number, for example "conv 3".
 """
 
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "book" / "_static" / "map"
 
+ALL = {"image", "stem", "conv", "trans", "fcu", "heads", "blocks"}
+
 # Chapter -> the parts that it is about, and the words for readers who do not see the picture.
 LIT = {
-    "model": ({"image", "stem", "conv", "trans", "fcu", "heads", "blocks"}, "the whole model"),
+    "model": (ALL, "the whole model"),
     "01_data": ({"image"}, "the image"),
     "02_conv_block": ({"stem", "conv"}, "the stem and the convolution branch"),
     "03_attention": ({"trans"}, "the transformer branch"),
+    "04_fcu": ({"fcu"}, "the feature coupling units"),
+    "05_coupled_block": ({"conv 3", "trans 3", "fcu 3"}, "one coupled block, here block 3"),
+    "06_conformer": (ALL, "the whole model"),
 }
 
 BLUE, ORANGE, GREEN, TEXT = "#1f5f99", "#b45309", "#2f7d4f", "#1a1a1a"
@@ -34,9 +40,13 @@ class Map:
     def __init__(self, lit: set[str]) -> None:
         self.lit, self.elements = lit, []
 
+    def is_lit(self, part: str) -> bool:
+        """Tell whether a part is lit, alone ("conv 3") or with all of its kind ("conv")."""
+        return not self.lit.isdisjoint({part, part.split()[0]})
+
     def colour(self, part: str, unlit: str) -> str:
         """Return the part's colour where it is lit, `unlit` otherwise."""
-        return COLOURS.get(part, TEXT) if part in self.lit else unlit
+        return COLOURS.get(part.split()[0], TEXT) if self.is_lit(part) else unlit
 
     def box(self, part: str, x: int, y: int, width: int, height: int) -> None:
         """Add a filled box, with its left edge at x and its centre line at y."""
@@ -47,8 +57,8 @@ class Map:
 
     def text(self, part: str, x: int, y: int, words: str, inside: bool = False) -> None:
         """Add words centred on x; `inside` a lit box they are white."""
-        fill = "#ffffff" if inside and part in self.lit else self.colour(part, UNLIT_TEXT)
-        weight = ' font-weight="bold"' if part in self.lit else ""
+        fill = "#ffffff" if inside and self.is_lit(part) else self.colour(part, UNLIT_TEXT)
+        weight = ' font-weight="bold"' if self.is_lit(part) else ""
         self.elements.append(f'<text x="{x}" y="{y}" fill="{fill}"{weight}>{words}</text>')
 
     def arrow(self, part: str, *points: tuple[int, int]) -> None:
@@ -61,28 +71,40 @@ class Map:
             (x1 - 9 * dx + 6 * dy, y1 - 9 * dy + 6 * dx),
         )
         line = " ".join(f"{x},{y}" for x, y in (*points[:-1], (x1 - 8 * dx, y1 - 8 * dy)))
-        width = 3 if part in self.lit else 1.5
+        width = 3 if self.is_lit(part) else 1.5
         self.elements.append(
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
             f'<polygon points="{x1},{y1} {a[0]},{a[1]} {b[0]},{b[1]}" fill="{colour}"/>'
         )
 
+    def coupling(self, numbers: range, left: int, top: int, bottom: int) -> None:
+        """Add what couples the blocks of one stage: a pair of arrows, or that of the lit block."""
+        middle = left + (len(numbers) * (CELL + GAP) - GAP) // 2
+        part, down, up, words = "fcu", middle - 27, middle + 27, middle
+        for place, number in enumerate(numbers):
+            if f"fcu {number}" in self.lit:
+                x = left + place * (CELL + GAP) + CELL // 2
+                part, down, up, words = f"fcu {number}", x - 9, x + 9, x - 42
+        self.arrow(part, (down, top), (down, bottom))
+        self.arrow(part, (up, bottom), (up, top))
+        self.text(part, words, MIDDLE + 8, "FCU")
+
     def branches(self) -> int:
         """Add both lanes with the couplings between them; return where they end."""
-        left = LANES_LEFT
+        left, first = LANES_LEFT, 1
         for (label, blocks), height in zip(STAGES, CONV_HEIGHTS, strict=True):
+            numbers = range(first, first + blocks)
+            for place, number in enumerate(numbers):
+                x = left + place * (CELL + GAP)
+                self.box(f"conv {number}", x, CONV_Y, CELL, height)
+                self.box(f"trans {number}", x, TRANS_Y, CELL, TRANS_HEIGHT)
+            if first > 1:  # block 1 is not coupled
+                self.coupling(
+                    numbers, left, CONV_Y + height // 2 + 5, TRANS_Y - TRANS_HEIGHT // 2 - 5
+                )
             right = left + blocks * (CELL + GAP) - GAP
-            for x in range(left, right, CELL + GAP):
-                self.box("conv", x, CONV_Y, CELL, height)
-                self.box("trans", x, TRANS_Y, CELL, TRANS_HEIGHT)
-            middle = (left + right) // 2
-            if blocks > 1:  # block 1 is not coupled
-                top, bottom = CONV_Y + height // 2 + 5, TRANS_Y - TRANS_HEIGHT // 2 - 5
-                self.arrow("fcu", (middle - 27, top), (middle - 27, bottom))
-                self.arrow("fcu", (middle + 27, bottom), (middle + 27, top))
-                self.text("fcu", middle, MIDDLE + 8, "FCU")
-            self.text("blocks", middle, TRANS_Y + 52, label)
-            left = right + STAGE_GAP
+            self.text("blocks", (left + right) // 2, TRANS_Y + 52, label)
+            left, first = right + STAGE_GAP, first + blocks
         return left - STAGE_GAP
 
 
