@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
 import time
@@ -85,6 +85,7 @@ def race(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list
     """Return the seconds of each side: the sides take turns, and the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats + 1):
+        gc.collect()
         for name, run in list(sides.items())[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
             run()
@@ -165,11 +166,16 @@ def peak_memory(side: str, name: str, batch: int, threads: int) -> int:
     if side != "peer":
         model = model.to(memory_format=torch.channels_last)
     step = training_step(model.train(), batch_of_images, checkpointing=side == "checkpointed")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     step()
     step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return high_water() - before
+
+
+def high_water() -> int:
+    """Return the peak of this process's resident memory so far, in bytes; Linux tells."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def in_fresh_process(function: Callable, *arguments: object) -> int:

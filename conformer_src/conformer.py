@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from conformer_src.attention import TransformerBlock
@@ -153,6 +154,18 @@ def _statistics_stand(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, name, buffer in kept:
             setattr(norm, name, buffer)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leave new tensors unfilled: drawing values takes most of the time, and once is enough."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        fills = getattr(func, "__module__", None) == "torch.nn.init" or func in _FILLS
+        return kwargs.get("tensor", *args[:1]) if fills else func(*args, **kwargs)
+
+
+_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
 
 
 class _NoConv(nn.Module):
@@ -381,27 +394,32 @@ class TransHead(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """Start the parameters that a module itself holds as the authors do."""
+    """Start the parameters and buffers that a module itself holds, as the authors do."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):  # biases stay as torch starts them
+    elif isinstance(module, nn.Conv2d):  # He et al. (2015), fan-out
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+        module.reset_parameters()  # scale 1, shift 0, running statistics 0 and 1
     elif isinstance(module, TokenEmbed):
-        nn.init.normal_(module.cls_token, std=0.02)
-        if module.pos_embed is not None:
-            nn.init.normal_(module.pos_embed, std=0.02)
+        for parameter in module.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Conv2d) and module.bias is not None:
+        bound = module.weight[0].numel() ** -0.5  # torch's own choice
+        nn.init.uniform_(module.bias, -bound, bound)
 
 
 class Conformer(ConformerBackbone):
     """The dual-head network (Peng et al. 2021)."""
 
     def __init__(self, config: ConformerConfig) -> None:
-        super().__init__(config)
-        self.conv_head = ConvHead(stage_widths(config)[2], config.num_classes)
-        self.trans_head = TransHead(config.embed_dim, config.num_classes)
-        _leave_out(self)
+        with _Undrawn():  # every value is drawn once, by init_weights
+            super().__init__(config)
+            self.conv_head = ConvHead(stage_widths(config)[2], config.num_classes)
+            self.trans_head = TransHead(config.embed_dim, config.num_classes)
+            _leave_out(self)
         self.apply(init_weights)
 
     def forward(self, images: Tensor) -> DualLogits:
@@ -412,10 +430,7 @@ class Conformer(ConformerBackbone):
     def forward_pyramid(self, images: Tensor) -> list[Features]:
         """Return the features whose maps are 4, 8, 16 and 32 times smaller than the images."""
         stage = self.config.depth // 3
-        if stage < 2:
-            raise ValueError(
-                "depth 3 skips a size: its last block shrinks twice; choose depth 6 or more."
-            )
+        _require(stage > 1, "with depth 3 the last block shrinks twice; choose 6 or more.")
         outputs = self.forward_blocks(images)
         return [outputs[n] for n in (stage - 1, 2 * stage - 1, -2, -1)]
 

@@ -78,6 +78,7 @@ class FCUDown(nn.Module):
         Returns (B, N, E), to be added to the tokens: the class token, and a row for each patch.
         """
         _require_maps(maps, self.conv_project.in_channels)
+        require_tokens(tokens, self.conv_project.out_channels)
         _require_grid(maps, tokens, self.stride)
         patches = self.conv_project(self.sample(maps))  # (B, E, H / s, W / s)
         patches = F.gelu(self.ln(rearrange(patches, "b e g h -> b (g h) e")))
