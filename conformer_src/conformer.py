@@ -1,5 +1,7 @@
 """The Conformer: two branches, coupled block by block, with a head on each.
 
+Build one by its name::
+
     model = create_model("conformer_tiny_patch16", num_classes=10)
     logits = model(images)  # DualLogits(conv, trans); logits.sum() is what the paper ranks by
 
