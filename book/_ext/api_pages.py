@@ -3,13 +3,24 @@
 from pathlib import Path
 
 
+def comment(app, obj) -> str:
+    """Return the end-of-line comment of a typed attribute: it says what the attribute holds."""
+    module = Path(app.srcdir, *obj.id.split(".")[:-2])
+    source = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+    line = source.read_text(encoding="utf-8").splitlines()[obj.obj["from_line_no"] - 1]
+    return line.partition("  # ")[2]
+
+
 def skip(app, what, name, obj, skip, options) -> bool | None:
     """Leave out what says nothing here; None leaves the decision to others.
 
     That is what a module imports from another one, and members without a docstring or a type: a
     layer stored as an attribute is explained by its class.
     """
-    documented = obj.docstring or getattr(obj, "annotation", None)
+    typed = getattr(obj, "annotation", None)
+    if obj.type == "attribute" and typed and not obj.docstring:
+        obj.docstring = comment(app, obj)
+    documented = obj.docstring or typed
     return None if documented and not obj.imported else True
 
 
