@@ -9,6 +9,7 @@ The letters are those of the book: B batch, C, H and W a map, N tokens (the clas
 patches), E embedding width. `ConformerConfig` says what each choice means.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -31,9 +32,34 @@ from conformer_src.fcu import DOWN_MODES, UP_MODES, FCUDown, FCUUp, NoCoupling
 STEM_STRIDES = {"standard": 4, "small": 2}
 
 
-_AT_LEAST_ONE = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")
-_AT_LEAST_ZERO = ("num_classes", "num_med_block", "pos_embed")
-_RATES = ("drop_rate", "attn_drop_rate", "drop_path_rate")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+# Names of fields, what their values must satisfy, and the same in words.
+_RULES = (
+    (
+        ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"),
+        lambda value: type(value) is int and value >= 1,
+        "a whole number of at least 1",
+    ),
+    (
+        ("num_classes", "num_med_block", "pos_embed"),
+        lambda value: type(value) is int and value >= 0,
+        "a whole number of at least 0",
+    ),
+    (
+        ("drop_rate", "attn_drop_rate", "drop_path_rate"),
+        lambda value: _is_number(value) and 0 <= value < 1,
+        "a number of at least 0 and below 1",
+    ),
+    (
+        ("channel_ratio", "mlp_ratio"),
+        lambda value: _is_number(value) and value > 0,
+        "a number above 0",
+    ),
+    (("qkv_bias", "pad"), lambda value: type(value) is bool, "True or False"),
+)
 _CHOICES = {
     "stem": tuple(STEM_STRIDES),
     "fcu_down": DOWN_MODES,
@@ -56,23 +82,14 @@ class _Checked:
         self._check_together()
 
     def _check_each(self) -> None:
-        for names, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for names, fits, words in _RULES:
             for name in names:
                 value = getattr(self, name)
-                rule = f"{name} must be a whole number of at least {least}, not {value!r}."
-                _require(type(value) is int and value >= least, rule)
-        for name in _RATES:
-            value = getattr(self, name)
-            rule = f"{name} must be a number of at least 0 and below 1, not {value!r}."
-            _require(isinstance(value, int | float) and 0 <= value < 1, rule)
+                _require(fits(value), f"{name} must be {words}, not {value!r}.")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             rule = f"{name} must be one of {', '.join(choices)}, not {value!r}."
             _require(value in choices, rule)
-        for name in ("channel_ratio", "mlp_ratio"):
-            value = getattr(self, name)
-            rule = f"{name} must be a number above 0, not {value!r}."
-            _require(isinstance(value, int | float) and value > 0, rule)
 
     def _check_together(self) -> None:
         unit = 4 * STEM_STRIDES[self.stem]
@@ -330,6 +347,8 @@ def run_block(block: nn.Module, features: Features, checkpointing: bool) -> Feat
     """
     if not checkpointing or not torch.is_grad_enabled():
         return block(*features)
+    if torch.compiler.is_compiling():  # the compiler repeats no update of an average
+        return checkpoint(block, *features, use_reentrant=False)
     contexts = lambda: (nullcontext(), _statistics_stand(block))  # noqa: E731
     return checkpoint(block, *features, use_reentrant=False, context_fn=contexts)
 

@@ -21,12 +21,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def _require_maps(maps: Tensor, channels: int, name: str = "maps") -> None:
-    """Raise a `ValueError` unless maps are floating-point numbers of shape (B, channels, H, W)."""
+    """Raise a `ValueError` unless maps are floating-point (B, channels, H, W) and not empty."""
     if maps.ndim != 4 or maps.shape[1] != channels or not maps.is_floating_point():
         raise ValueError(
             f"{name} are {maps.dtype} of shape {tuple(maps.shape)}, but must be floating-point "
             f"(B, {channels}, H, W); add a missing batch axis with {name}.unsqueeze(0), convert "
             f"whole numbers with {name} / 255, or build the layer with other in_chans."
+        )
+    if 0 in maps.shape[2:]:
+        raise ValueError(
+            f"{name} have shape {tuple(maps.shape)} and hold nothing; choose a height and a width "
+            "of at least 1."
         )
 
 
