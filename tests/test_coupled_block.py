@@ -204,6 +204,18 @@ def test_goldens_of_the_blocks_are_found_with_and_without_med_blocks():
     assert digests[0]["conv_trans_2.conv"] != digests[1]["conv_trans_2.conv"]
 
 
+def test_tap_before_the_3x3_does_not_agree_with_the_authors():
+    data = GOLDENS["reduced"]
+    fields = {key: value for key, value in data["model"].items() if key != "base_channel"}
+    model = golden.fill_(Conformer(ConformerConfig(**fields)).double().eval(), official_name)
+    maps, tokens = model.forward_blocks(golden.image(**data["input"]).double())[0]
+    block, digest = model.blocks[1], data["digests"]["conv_trans_2.squeeze"]
+    early = block.conv_block.bn1(block.conv_block.conv1(maps)).relu()
+    for tap, agrees in ((block.conv_block(maps).tap, True), (early, False)):
+        found = golden.deviation(block.down(tap, tokens)[:, 1:], digest)
+        assert found < 1e-9 if agrees else found > 1e-2
+
+
 def test_chapter_shows_the_recorded_digests():
     notebook = json.loads((ROOT / "chapters/05_coupled_block.ipynb").read_text())
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
