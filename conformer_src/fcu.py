@@ -39,6 +39,11 @@ def _require_sizes(chans: int, embed_dim: int, stride: int, mode: str, modes: tu
 
 def _require_grid(maps: Tensor, tokens: Tensor, stride: int) -> None:
     """Raise a `ValueError` unless each s x s square of the maps has its token, beside the first."""
+    if maps.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"{maps.shape[0]} maps and the tokens of {tokens.shape[0]} images do not belong "
+            "together; give both for the same batch."
+        )
     (height, width), patches = maps.shape[-2:], tokens.shape[1] - 1
     if height % stride or width % stride or patches != height * width // stride**2:
         raise ValueError(

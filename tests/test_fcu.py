@@ -355,3 +355,11 @@ def test_what_cannot_be_built_is_refused(unit):
             unit(*sizes)
     with pytest.raises(ValueError, match=r"^mode 'area' does not exist; choose one of .*nearest"):
         unit(6, 10, 4, mode="area")
+
+
+@pytest.mark.parametrize("unit", [FCUDown(8, 12, 4), FCUUp(12, 8, 4)])
+def test_maps_and_tokens_of_different_batches_are_refused(unit):
+    maps, tokens = torch.rand(2, 8, 16, 16), torch.rand(3, 17, 12)
+    both = (maps, tokens) if isinstance(unit, FCUDown) else (tokens, maps)
+    with pytest.raises(ValueError, match="same batch"):
+        unit(*both)
