@@ -19,13 +19,22 @@ _FOLDS = (
 def fold_norms(module: nn.Module) -> nn.Module:
     """Multiply each BatchNorm into the convolution before it, in place, and return the module.
 
-    The module must be in eval mode; what it computes stays the same, to rounding.
+    What it computes stays the same, to rounding.
+
+    Raises:
+        ValueError: A BatchNorm is in training mode; nothing was folded.
     """
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    if any(norm.training for norm in norms):
+        raise ValueError(
+            "a module in training mode cannot be folded, because its BatchNorms still measure each "
+            "batch; call .eval() first."
+        )
     for part in module.modules():
         for conv, norm in _FOLDS:
             if isinstance(getattr(part, norm, None), nn.BatchNorm2d):
                 setattr(part, conv, fuse_conv_bn_eval(getattr(part, conv), getattr(part, norm)))
-                setattr(part, norm, nn.Identity())
+                setattr(part, norm, nn.Identity().eval())
     return module
 
 

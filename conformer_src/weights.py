@@ -53,7 +53,7 @@ def _naming(names: Mapping[str, Tensor]) -> Callable[[str], str]:
     """Return what turns our names into those of a state dict."""
     if any(name.startswith("backbone.") for name in names):
         return mmpretrain_name
-    if any(name.startswith("entry.") for name in names):
+    if any(name.startswith("entry.stem.") for name in names):
         return str
     return official_name
 
