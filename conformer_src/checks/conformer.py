@@ -16,10 +16,10 @@ from conformer_src.conformer import (
     stage_widths,
 )
 
-Plan = list[tuple[int, int, int, int]]
+_Plan = list[tuple[int, int, int, int]]
 
 
-def _plan(config: ConformerConfig) -> Plan:
+def _plan(config: ConformerConfig) -> _Plan:
     """Read width, both strides and the FCU stride off the blocks that the package builds."""
     blocks = []
     with torch.device("meta"):
@@ -46,7 +46,7 @@ def _named(numbers: list[int]) -> str:
     return f"{word} {' and '.join(map(str, numbers))}"
 
 
-def _stride_fault(first: tuple[int, ...], second: tuple[int, ...], plan: Plan) -> str:
+def _stride_fault(first: tuple[int, ...], second: tuple[int, ...], plan: _Plan) -> str:
     last = len(plan) + 1
     numbers = range(2, last + 1)
     begins = [number for number, row in zip(numbers, plan, strict=True) if row[1] == 2]
@@ -81,7 +81,7 @@ def _fcu_fault(config: ConformerConfig, strides: tuple[int, ...]) -> str:
 
 
 @exercise
-def check_plan(answer: Callable[[ConformerConfig], Plan]) -> str:
+def check_plan(answer: Callable[[ConformerConfig], list[tuple[int, int, int, int]]]) -> str:
     """Check the list of coupled blocks, and name each of the faults that are left."""
     base = VARIANTS["conformer_base_patch16"]  # the tap of S is as wide as the stages of Ti
     narrow = replace(base, depth=6, channel_ratio=0.5, patch_size=32)
