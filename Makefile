@@ -1,6 +1,7 @@
 # Each target's plain commands, for machines without make, stand in README.md.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 PORT ?= 8000
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
@@ -20,10 +21,10 @@ else
 PACKAGE := $(INSTALL) --quiet --editable .
 endif
 
-.PHONY: help book serve zip lab test bench mirror notebooks lock clean
+.PHONY: help book serve zip lab test test-peers bench peers mirror notebooks lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s ':'
 
 $(VENV)/.made:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
@@ -48,6 +49,10 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.made
 	$(PACKAGE)
 	@touch $@
 
+$(VENV)/.peers: pyproject.toml | $(VENV)/.made
+	$(INSTALL) --quiet --group peers --editable .
+	@touch $@
+
 book: $(VENV)/.book ## build the HTML, strictly, from the stored outputs
 	$(BIN)/python tools/build_book.py
 
@@ -63,8 +68,15 @@ lab: $(VENV)/.lab ## open the chapters in JupyterLab
 test: $(VENV)/.test ## check everything, or one chapter: make test CHAPTER=02
 	$(BIN)/python tools/run_tests.py $(if $(CHAPTER),--chapter $(CHAPTER))
 
-bench: $(VENV)/.test ## measure what the README states
+test-peers: peers ## compare with OpenMMLab's Conformer, in an environment of its own
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -rP tests/peers
+
+bench: $(VENV)/.test peers ## measure what the README states: half an hour, on an idle machine
 	$(BIN)/python benchmarks/reader_costs.py
+	$(PEERS)/bin/python benchmarks/against_mmpretrain.py --json benchmarks/results/against_mmpretrain.json
+
+peers:
+	@$(MAKE) --no-print-directory VENV=$(PEERS) $(PEERS)/.peers
 
 mirror: $(VENV)/.test ## carry the package's text into the chapters' cells
 	$(BIN)/python tools/mirror.py to-notebooks

@@ -15,9 +15,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def requirements() -> list[str]:
-    """The package's dependencies and those of every group."""
-    groups = PROJECT["dependency-groups"].values()
-    in_groups = [entry for group in groups for entry in group if isinstance(entry, str)]
+    """The package's dependencies and those of every group but `peers`, which stands apart."""
+    groups = PROJECT["dependency-groups"] | {"peers": []}
+    in_groups = [entry for group in groups.values() for entry in group if isinstance(entry, str)]
     return PROJECT["project"]["dependencies"] + in_groups
 
 

@@ -89,7 +89,7 @@ def parts(chapter: str | None) -> list[Part]:
             Part("exercise checks", [pytest("tests/test_checks.py", "-k", name)]),
             Part("nbval", [pytest(*NBVAL, notebook)]),
         ]
-    special = ["tests/test_checks.py", "tests/test_site.py"]
+    special = ["tests/test_checks.py", "tests/test_site.py", "tests/peers"]
     return [
         Part(
             "lint",
