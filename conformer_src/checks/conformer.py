@@ -84,7 +84,7 @@ def _fcu_fault(config: ConformerConfig, strides: tuple[int, ...]) -> str:
 def check_plan(answer: Callable[[ConformerConfig], list[tuple[int, int, int, int]]]) -> str:
     """Check the list of coupled blocks, and name each of the faults that are left."""
     base = VARIANTS["conformer_base_patch16"]  # the tap of S is as wide as the stages of Ti
-    narrow = replace(base, depth=6, channel_ratio=0.5, patch_size=32)
+    narrow = replace(base, depth=6, channel_ratio=0.5, patch_size=64)  # (stage + 1) must fail
     for config in (base, narrow, replace(base, depth=3)):
         given, right = answer(config), _plan(config)
         rows = isinstance(given, list | tuple) and all(
@@ -118,6 +118,7 @@ def check_probabilities(answer: Callable[[DualLogits], Tensor]) -> str:
     result = answer(DualLogits(conv, trans))
     require_shape(result, (5, 7))
     each = conv.softmax(-1) + trans.softmax(-1)
+    product = conv.softmax(-1) * trans.softmax(-1)
     total = conv + trans
     mistakes = [
         (each, "the softmax comes before the sum: the rows sum to 2, and no head can veto"),
@@ -126,6 +127,7 @@ def check_probabilities(answer: Callable[[DualLogits], Tensor]) -> str:
             (total / 2).softmax(-1),
             "you averaged the logits: the ranking stays, but the probabilities become too even",
         ),
+        (product, "the product ranks well, but its rows do not sum to 1: divide by their sums"),
         (conv.softmax(-1), "only the CNN's head is asked"),
         (trans.softmax(-1), "only the transformer's head is asked"),
         (total.softmax(0), "the softmax runs over the batch: the columns sum to 1, not the rows"),
@@ -176,10 +178,12 @@ def check_prediction(answer: Callable[[], tuple[int, int, int]]) -> str:
     mistakes = {
         2 * _sum(right): "these are operations; a multiplication and its addition count as one",
         _sum(right, (4, 4, 4)): "block 1 is counted too, but it is not coupled",
+        _sum(right, (3, 4, 3)): "block 12 saves too: its tap lies before the last halving",
         _sum(right, (1, 1, 1)): "one block of each stage is counted, not all of them",
         _sum(_saved(256, 65)): "the class token is not pooled: subtract the 64 patches alone",
         _sum(_saved(256, 0)): "that is the cost of projecting every position: the patches remain",
         _sum(_saved(256, 64, 256)): "the tap is a quarter as wide as the stage: 64, 128, 256",
+        _sum(_saved(256, 64, 16)): "those are the taps of Ti: here they are 4 times as wide",
         _sum(_saved(256, 256)): "that takes the 256 patches of patch 16",
     }
     require(macs not in mistakes, f"saved: {mistakes.get(macs)}")
