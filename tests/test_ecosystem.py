@@ -46,8 +46,8 @@ def assert_one_graph_learns_the_same(model, images):
     assert_same(found, expected)
     found.sum().square().mean().backward()
     expected.sum().square().mean().backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
-    assert_same(gradients, [parameter.grad for parameter in plain.parameters()], 1e-3)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
@@ -97,16 +97,26 @@ def test_exports_with_images_of_any_size_that_fits():
     assert_same(program.module()(images_of(3, 80, 48)), model(images_of(3, 80, 48)))
 
 
+class Ranked(nn.Module):
+    """What is deployed: one tensor instead of a named pair, which torch.export.save cannot store."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images).sum()
+
+
 @torch.no_grad()
-def test_an_exported_program_can_be_stored(tmp_path):
-    model = toy(depth=3).eval()
-    program = torch.export.export(model, (images_of(2),))
-    torch.export.save(program, tmp_path / "toy.pt2")
+def test_an_exported_sum_can_be_stored(tmp_path):
+    model = Ranked(toy(depth=3).eval())
+    torch.export.save(torch.export.export(model, (images_of(2),)), tmp_path / "toy.pt2")
     loaded = torch.export.load(tmp_path / "toy.pt2")
-    assert_same(loaded.module()(images_of(2)), model(images_of(2)))
+    assert_same([loaded.module()(images_of(2))], [model(images_of(2))])
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated")
 @torch.no_grad()
 def test_traces():
     model = toy().eval()
@@ -151,11 +161,12 @@ def test_channels_last_computes_the_same_and_stays():
 def test_bfloat16_autocast_stays_near_and_learns():
     # Fresh weights: those of the goldens let the outputs grow beyond what bfloat16 follows.
     model, images = Conformer(ConformerConfig(**TOY)), torch.randn(2, 3, 64, 96)
-    expected = copy.deepcopy(model)(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model(images)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = model.eval()(images)
     assert {logits.dtype for logits in found} == {torch.bfloat16}
-    assert_same([logits.float() for logits in found], expected, 0.1)
+    assert_same([logits.float() for logits in found], model(images), 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.train()(images)
     found.sum().float().square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
