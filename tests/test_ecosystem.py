@@ -98,7 +98,7 @@ def test_exports_with_images_of_any_size_that_fits():
 
 
 class Ranked(nn.Module):
-    """What is deployed: one tensor instead of a named pair, which torch.export.save cannot store."""
+    """What can be stored: one tensor, where torch.export.save refuses a named pair."""
 
     def __init__(self, model):
         super().__init__()
