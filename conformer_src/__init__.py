@@ -24,7 +24,6 @@ from conformer_src.conformer import (
     ConformerConfig,
     DualLogits,
     ModelCard,
-    create_model,
     list_models,
     model_card,
 )
@@ -33,7 +32,15 @@ from conformer_src.cost import optimize_for_inference
 from conformer_src.coupled_block import ConvTransBlock, Features, MedConvBlock
 from conformer_src.data import FashionSubset, fashion_mnist, image_folder, local_global, photograph
 from conformer_src.fcu import FCUDown, FCUUp
-from conformer_src.weights import load_weights
+from conformer_src.weights import (
+    create_model,
+    export_weights,
+    extract_features,
+    load_model,
+    load_weights,
+    predict,
+    save_weights,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,12 +60,17 @@ __all__ = [
     "Stem",
     "TransformerBlock",
     "create_model",
+    "export_weights",
+    "extract_features",
     "fashion_mnist",
     "image_folder",
     "list_models",
+    "load_model",
     "load_weights",
     "local_global",
     "model_card",
     "optimize_for_inference",
     "photograph",
+    "predict",
+    "save_weights",
 ]

@@ -214,13 +214,18 @@ def fashion_mnist(
     return datasets.FashionMNIST(str(root), train=train, transform=transform)
 
 
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode upright and into RGB."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits: convert("RGB") alone would cut at 255
+        upright = upright.convert("I").point(lambda value: value * (1 / 257))
+    return upright.convert("RGB")
+
+
 def _load_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits: convert("RGB") alone would cut at 255
-                upright = upright.convert("I").point(lambda value: value * (1 / 257))
-            return upright.convert("RGB")
+            return _to_rgb(image)
     except Exception as error:  # Pillow reports broken files in many ways
         raise ValueError(
             f"{path} cannot be read as an image ({error}). "
