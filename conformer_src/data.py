@@ -219,6 +219,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):  # 16 bits: convert("RGB") alone would cut at 255
         upright = upright.convert("I").point(lambda value: value * (1 / 257))
+    if upright.mode == "P":  # straight to RGB, Pillow warns of half transparent colours
+        upright = upright.convert("RGBA")
     return upright.convert("RGB")
 
 
