@@ -14,10 +14,16 @@ import torch
 from tqdm import tqdm
 
 import conformer_src as cs
-from conformer_src.conformer import VARIANTS
+from conformer_src.conformer import VARIANTS, ConformerConfig
 from conformer_src.files import fetch, read_file, written_whole
 from conformer_src.predict import Prediction, predict
-from conformer_src.weights import _OPENMMLAB, PRETRAINED
+from conformer_src.weights import (
+    _OPENMMLAB,
+    PRETRAINED,
+    find_config,
+    find_state_dict,
+    to_own_names,
+)
 
 _ENTRIES = {"official": "model", "mmpretrain": "state_dict"}  # where each keeps its weights
 
@@ -147,18 +153,23 @@ def convert_command(arguments: argparse.Namespace) -> dict:
     """Write weights under other names; return what was written, and what was not."""
     source, target = Path(arguments.source), Path(arguments.target)
     _require_target(target, arguments)
-    model = cs.load_model(source, arguments.ema)
+    model = cs.load_model(source, arguments.ema)  # refuses whatever is wrong with the file
+    content, notes = read_file(source)
+    state = find_state_dict(content, arguments.ema)
+    # The tensors as they lie in the file: the model's own would be of single precision.
+    model.load_state_dict(to_own_names(state, model), assign=True)
+    left_out = _left_out(content, arguments.ema)
     if arguments.to == "ours":
         cs.save_weights(model, target)
     else:
-        content = {_ENTRIES[arguments.to]: cs.export_weights(model, arguments.to)}
+        left_out += ["config"] if notes and _guess(model) != model.config else []
         with written_whole(target) as temporary:
-            torch.save(content, temporary)
+            torch.save({_ENTRIES[arguments.to]: cs.export_weights(model, arguments.to)}, temporary)
     return {
         "written": str(target),
         "names": arguments.to,
         "tensors": len(model.state_dict()),
-        "left_out": _left_out(source, arguments.ema),
+        "left_out": left_out,
     }
 
 
@@ -171,10 +182,17 @@ def _require_target(target: Path, arguments: argparse.Namespace) -> None:
         raise FileExistsError(f"{target} exists; choose another name, or replace it with --force.")
 
 
-def _left_out(source: Path, ema: bool) -> list[str]:
+def _guess(model: cs.Conformer) -> ConformerConfig | None:
+    """Return the config that can be told from the weights alone, if it can."""
+    try:
+        return find_config(cs.export_weights(model), {})
+    except ValueError:
+        return None
+
+
+def _left_out(content: dict, ema: bool) -> list[str]:
     """Return what else a training run kept in the file: its optimizer, for example."""
     taken = ("model_ema", "ema_state_dict") if ema else ("model", "state_dict")
-    content = read_file(source)[0]
     nested = any(key in content for key in taken)
     return sorted(str(key) for key in content if key not in taken) if nested else []
 

@@ -67,7 +67,8 @@ def _in_folder(folder: Path) -> list[Path]:
     visible = [
         path
         for path in found
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        if not path.is_dir()  # but links to nowhere: they will be named
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not visible:
         raise ValueError(f"there are no images in {folder}; expected {', '.join(IMAGE_ENDINGS)}.")

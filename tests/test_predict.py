@@ -60,6 +60,10 @@ def folder(tmp_path):
     return tmp_path
 
 
+def link(path):
+    path.symlink_to("nowhere.jpg")
+
+
 def truncated(path):
     picture(300, 300).save(path)
     path.write_bytes(path.read_bytes()[:2000])
@@ -73,7 +77,7 @@ def empty(path):
     path.touch()
 
 
-BROKEN = pytest.mark.parametrize("spoil", [truncated, text, empty, lambda path: None])
+BROKEN = pytest.mark.parametrize("spoil", [truncated, text, empty, lambda path: None, link])
 
 
 def same(one, other, tolerance=1e-6):
@@ -251,6 +255,16 @@ def test_a_folder_counts_from_itself_on(folder):
     """A hidden folder above it hides nothing."""
     found = list_images(folder / ".ipynb_checkpoints")
     assert [path.name for _, path in found] == ["d.png"]
+
+
+@pytest.mark.parametrize("spoil", [truncated, text, empty, link])
+def test_the_unreadable_in_a_folder_are_named(model, folder, spoil):
+    spoil(folder / "bad.jpg")
+    with pytest.raises(ValueError, match=str(folder / "bad.jpg")):
+        predict(model, folder)
+    heard = []
+    assert len(predict(model, folder, on_unreadable=heard.append)) == 3
+    assert len(heard) == 1
 
 
 def test_a_folder_without_images_is_refused(model, tmp_path):
@@ -578,11 +592,7 @@ def folded(model):
     return optimize_for_inference(model, compile=False)
 
 
-def folded_and_compiled(model):
-    return torch.compile(folded(model), backend="eager")
-
-
-@pytest.mark.parametrize("change", [compiled, checkpointed, folded, folded_and_compiled])
+@pytest.mark.parametrize("change", [compiled, checkpointed, folded])
 def test_other_forms_of_a_model_predict_the_same(model, change):
     other = change(build())
     same(predict(other, picture())[0], predict(model, picture())[0], 1e-4)
