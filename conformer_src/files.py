@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 CHUNK = 1 << 20
 # The published names end in the first digits of the file's SHA-256: name-f6860372.pth
