@@ -16,7 +16,7 @@ from tqdm import tqdm
 import conformer_src as cs
 from conformer_src.conformer import VARIANTS, ConformerConfig
 from conformer_src.files import fetch, read_file, written_whole
-from conformer_src.predict import Prediction, predict
+from conformer_src.predict import Prediction, list_images, predict
 from conformer_src.weights import (
     _OPENMMLAB,
     PRETRAINED,
@@ -84,10 +84,11 @@ def predict_command(arguments: argparse.Namespace) -> list[dict]:
     if not (arguments.model or arguments.weights):
         arguments.misused("give --model, for published weights, or --weights, for a file of yours.")
     classes = arguments.classes and _lines(arguments.classes)
+    images = [image for _, image in list_images(arguments.images)]  # before weights are fetched
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = predict(
         _load(arguments.model, arguments.weights).to(device),
-        arguments.images,
+        images,
         arguments.topk,
         classes,
         on_unreadable=arguments.complain,

@@ -275,7 +275,7 @@ class Prediction(NamedTuple):
     probabilities: tuple[float, ...]  # of these, by the softmax of the sum
     conv: tuple[str, float] | None  # the first choice of the CNN's head alone
     trans: tuple[str, float] | None  # the first choice of the transformer's head alone
-    indices: tuple[int, ...]  # of the labels: two classes of ImageNet are both called "crane"
+    indices: tuple[int, ...]  # the numbers of these classes
 
 
 def rank(logits: DualLogits, names: Sequence[str], topk: int) -> list[tuple]:

@@ -196,9 +196,11 @@ def test_bad_images_are_named_and_the_others_predicted(run, weights, images):
     fails((status, out, err), f"there is no file or folder {missing}.")
 
 
-def test_an_empty_folder_is_an_error(run, weights, tmp_path):
+def test_an_empty_folder_is_an_error(run, tmp_path):
+    """Said before anything is fetched or read."""
     (tmp_path / "empty").mkdir()
-    fails(run("predict", tmp_path / "empty", "--weights", weights), "there are no images in ")
+    words = ["predict", tmp_path / "empty", "--weights", tmp_path / "missing.pth"]
+    fails(run(*words), "there are no images in ")
 
 
 def test_the_model_of_a_name_gets_published_weights(run, images, monkeypatch):

@@ -496,6 +496,22 @@ def test_it_is_said_why(model, tmp_path, spoil, words):
         predict(model, tmp_path / "bad.jpg")
 
 
+def test_an_opened_image_that_is_truncated_is_named_by_its_place(model, tmp_path):
+    truncated(tmp_path / "bad.jpg")
+    with (
+        Image.open(tmp_path / "bad.jpg") as bad,
+        pytest.raises(ValueError, match=r"^image 1 .*trun"),
+    ):
+        predict(model, [picture(), bad])
+
+
+def test_an_image_too_large_to_be_one_is_named(model, tmp_path, monkeypatch):
+    path = saved(tmp_path, picture())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=f"^{path} cannot be used as an image: .*bomb"):
+        predict(model, path)
+
+
 def test_nothing_readable_no_predictions(model, tmp_path):
     heard = []
     assert predict(model, [tmp_path / "bad.jpg"], on_unreadable=heard.append) == []
@@ -594,12 +610,13 @@ def folded(model):
 
 @pytest.mark.parametrize("change", [compiled, checkpointed, folded])
 def test_other_forms_of_a_model_predict_the_same(model, change):
-    other = change(build())
+    other = change(build()).train()
     same(predict(other, picture())[0], predict(model, picture())[0], 1e-4)
     for ours, theirs in zip(
         extract_features(other, picture(), 3), extract_features(model, picture(), 3), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert all(part.training for part in other.modules())
 
 
 def test_a_model_of_another_precision_is_given_its_own():
