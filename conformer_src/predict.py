@@ -79,7 +79,7 @@ def open_image(image: Any, channels: int = 3) -> Image.Image | Tensor:
     """Read an image, turn it upright as its camera noted, and give it the model's channels.
 
     16 bits become 8, the first picture of an animation is taken, and transparency is ignored, as
-    torchvision and OpenMMLab do.
+    torchvision's own reader of folders does.
 
     Args:
         image: a path, a PIL image of any mode, an array (H, W) or (H, W, C), or a tensor (H, W) or
