@@ -21,6 +21,7 @@ LIT = {
     "04_fcu": ({"fcu"}, "the feature coupling units"),
     "05_coupled_block": ({"conv 3", "trans 3", "fcu 3"}, "one coupled block, here block 3"),
     "06_conformer": (ALL, "the whole model"),
+    "07_weights": (ALL - {"image"}, "everything that holds weights"),
 }
 
 BLUE, ORANGE, GREEN, TEXT = "#1f5f99", "#b45309", "#2f7d4f", "#1a1a1a"
