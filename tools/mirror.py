@@ -31,7 +31,7 @@ MARKER = re.compile(r"# conformer_src/([\w/]+)\.py")
 ALMOST = re.compile(r"\s*#+\s*conformer_src[./\\][\w./\\]+[\s:]*", re.IGNORECASE)
 CHAPTER = re.compile(r"(\d\d)_(\w+)")
 MAGIC = re.compile(r"^\s*[%!?]", re.MULTILINE)
-# Modules without a chapter: the last two are there before chapters 07 and 13 tell their story.
+# Modules without a chapter; cost is there before chapter 13 tells its story.
 FREE = {"__init__", "cli", "cost", "files", "hub", "predict"}  # `checks` is a folder of them
 
 
