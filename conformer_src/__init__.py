@@ -32,13 +32,13 @@ from conformer_src.cost import optimize_for_inference
 from conformer_src.coupled_block import ConvTransBlock, Features, MedConvBlock
 from conformer_src.data import FashionSubset, fashion_mnist, image_folder, local_global, photograph
 from conformer_src.fcu import FCUDown, FCUUp
+from conformer_src.files import WeightsError
+from conformer_src.predict import extract_features, predict
 from conformer_src.weights import (
     create_model,
     export_weights,
-    extract_features,
     load_model,
     load_weights,
-    predict,
     save_weights,
 )
 
@@ -59,6 +59,7 @@ __all__ = [
     "ModelCard",
     "Stem",
     "TransformerBlock",
+    "WeightsError",
     "create_model",
     "export_weights",
     "extract_features",

@@ -5,11 +5,14 @@ Nothing in a file is ever executed. Whatever is wrong with one is said in one se
 """
 
 import argparse
+import errno
 import hashlib
+import http.client
 import os
 import re
-import tempfile
+import secrets
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,101 +23,134 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 CHUNK = 1 << 20
+TRIES = 3  # to fetch a file, without a byte more than before
+TIMEOUT = 30  # seconds
 # The published names end in the first digits of the file's SHA-256: name-f6860372.pth
-HASH = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+HASH = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+# What the connection did, and not the address or the disk.
+CUT = (
+    urllib.error.ContentTooShortError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WeightsError(ValueError):
     """What is wrong with a file of weights, and what to do."""
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     """Return a file's SHA-256 in hexadecimal digits."""
-    with path.open("rb") as stream:
+    with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors: names, types, shapes and values."""
-    total = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return the SHA-256 of a text and of named tensors: names, types, shapes and values."""
+    total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(_bytes_of(tensor))
     return total.hexdigest()
 
 
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU, to read and to write."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def provenance() -> str:
+    """Return what writes a file: this package and torch, with their versions."""
+    from conformer_src import __version__
+
+    return f"conformer_src {__version__}, torch {torch.__version__}"
+
+
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes `path` in one step, or leaves no trace.
 
     Raises:
         WeightsError: The folder does not exist, forbids writing, or is full.
     """
-    handle, name = None, ""
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        yield Path(name)
-        with open(name, "rb") as stream:
+        yield temporary
+        with temporary.open("r+b") as stream:
             os.fsync(stream.fileno())
-        os.replace(name, path)
-    except (OSError, SafetensorError) as error:
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors raise
         raise WeightsError(
-            f"{path} cannot be written ({error}); make room, allow writing, or choose another "
-            "folder."
+            f"{path} cannot be written ({_words(error)}); make room, allow writing, or choose "
+            "another folder that exists."
         ) from None
     finally:
-        if name and os.path.exists(name):
-            os.unlink(name)
+        temporary.unlink(missing_ok=True)
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Open a safetensors or a torch file and return its content and its notes.
 
     The content of a torch file may be nested, as training scripts leave it; the notes are those of
-    a safetensors file's header. Tensors stay on disk until they are used.
+    a safetensors file's header. All tensors are in memory: the file may change afterwards.
 
     Raises:
         WeightsError: The file is missing, unreadable, damaged, or holds more than weights.
     """
-    if not path.is_file():
-        raise WeightsError(
-            f"there is no file {path}; give the path of a .pth or .safetensors file."
-        )
+    path = Path(path)
+    kind = _kind(path, path)
+    return _read_safetensors(path) if kind == "safetensors" else (_read_torch(path), {})
+
+
+def _kind(path: Path, name: object) -> str:
+    """Return "torch" or "safetensors", by how a file begins; `name` is what to call it."""
     try:
+        if not path.is_file():
+            raise WeightsError(
+                f"there is no file {name}; give the path of a .pth or .safetensors file."
+            )
         with path.open("rb") as stream:
-            start = stream.read(64)
+            start = stream.read(512)
     except OSError as error:
-        raise WeightsError(f"{path} cannot be opened ({error.strerror}); allow reading.") from None
+        raise WeightsError(f"{name} cannot be opened ({_words(error)}); allow reading.") from None
     if not start:
-        raise WeightsError(f"{path} is empty; fetch it again.")
-    if start.lstrip()[:1] == b"<":
+        raise WeightsError(f"{name} is empty; fetch it again.")
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise WeightsError(
-            f"{path} is a web page, not weights: the server answered with an error or a form; open "
+            f"{name} is a web page, not weights: the server answered with an error or a form; open "
             "the address in a browser, and fetch the file itself."
         )
     if start.startswith(b"PK"):
-        return _read_torch(path), {}
+        return "torch"
     if start[8:9] == b"{":
-        return _read_safetensors(path)
+        return "safetensors"
     raise WeightsError(
-        f"{path} is neither a safetensors file nor a zip archive as torch.save has written since "
+        f"{name} is neither a safetensors file nor a zip archive as torch.save has written since "
         "version 1.6; if an older torch wrote it, load it there and save it again."
     )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {}
     try:
-        with safe_open(path, framework="pt") as stream:
+        # The library checks the header. It maps the file into memory, where each page that is read
+        # would be counted a second time: so read the numbers past it, in the order of the file.
+        with safe_open(path, framework="pt") as stream, path.open("rb") as numbers:
             notes = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            numbers.seek(8 + int.from_bytes(numbers.read(8), "little"))
+            for name in stream.offset_keys():
+                tensors[name] = torch.empty_like(stream.get_tensor(name))
+                numbers.readinto(_bytes_of(tensors[name]))
     except Exception as error:  # the library reports damage in several ways
         raise WeightsError(f"{path} is damaged ({_words(error)}); fetch it again.") from None
-    if "sha256" in notes and notes["sha256"] != digest(tensors):
+    ours = "sha256" in notes or "package" in notes
+    if ours and notes.get("sha256") != digest(tensors, notes.get("config", "")):
         raise WeightsError(
             f"{path} is damaged: its values are not those that were saved; fetch it again."
         )
@@ -125,6 +161,9 @@ def _read_torch(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # compares each part with its checksum
+            # torch.save never compresses, so that no file is larger in memory than on the disk.
+            if any(part.compress_type for part in archive.infolist()):
+                broken = "its parts are compressed"
     except Exception as error:  # a damaged archive fails in many ways
         broken = _words(error)
     if broken:
@@ -132,7 +171,7 @@ def _read_torch(path: Path) -> Any:
     try:
         # The authors' training script stores its options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle.UnpicklingError, and what strange content provokes
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {found[1]}" if found else _words(error)
@@ -142,80 +181,122 @@ def _read_torch(path: Path) -> Any:
         ) from None
 
 
-def _words(error: Exception) -> str:
-    """Return the first line of an error, or its kind."""
-    lines = str(error).strip().splitlines()
+def _words(error: BaseException) -> str:
+    """Return what an error says in one line, or its kind."""
+    reason = getattr(error, "reason", None)  # what is behind an error of urllib
+    if isinstance(reason, BaseException):
+        return _words(reason)
+    said = getattr(error, "strerror", None) or str(error)
+    lines = [line.strip().rstrip(".") for line in str(said).splitlines() if line.strip()]
     return lines[0][:160] if lines else type(error).__name__
 
 
-def fetch(url: str, folder: Path | None = None) -> Path:
+def fetch(url: str, folder: str | Path | None = None) -> Path:
     """Download a file once, and return where it lies; a download that was cut is continued.
 
     Files are kept where `torch.hub` keeps its own. If the name holds digits of the file's SHA-256
-    (`name-f6860372.pth`), they are compared.
+    (`name-f6860372.pth`), they are compared, and the next call continues what was cut. Other files
+    get a name that belongs to their address alone.
 
     Raises:
         WeightsError: The address cannot be reached, or another file came than the name promises.
     """
-    folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / url.rpartition("/")[2]
-    by_hand = f"download {url} elsewhere and put it into {folder}, or give the file's path instead."
+    parts = urllib.parse.urlsplit(url)
+    name = urllib.parse.unquote(parts.path).rpartition("/")[2]
+    if parts.scheme not in ("http", "https") or not parts.netloc or not name:
+        raise WeightsError(f"{url} is no address of a file; it looks like https://host/name.pth.")
+    folder = Path(folder or Path(torch.hub.get_dir()) / "checkpoints")
+    if not HASH.search(name):
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
+    path = folder / name
+    by_hand = f"download {url} elsewhere and save it as {path}, or give the path of your file."
     if path.is_file():
-        _require_hash(path, path.name, by_hand)
+        _require_hash(path, path, by_hand)
         return path
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{name}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for attempt in range(4):
-            try:
-                _continue_download(url, part)
-                break
-            except (urllib.error.ContentTooShortError, ConnectionError, TimeoutError):
-                if attempt == 3:
-                    raise
-    except (OSError, ValueError) as error:  # URLError is an OSError; ValueError: no such scheme
-        raise WeightsError(f"{path.name} cannot be fetched ({_words(error)}); {by_hand}") from None
-    try:
-        _require_hash(part, path.name, by_hand)
+        _download(url, part, name)
+        _kind(part, f"what came from {url}")
+        _require_hash(part, f"what came from {url}", by_hand)
+        os.replace(part, path)
     except WeightsError:
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise
-    os.replace(part, path)
+    except (OSError, *CUT) as error:
+        if getattr(error, "errno", None) in DISK_FULL:
+            part.unlink(missing_ok=True)
+        raise WeightsError(f"{name} cannot be fetched ({_words(error)}); {by_hand}") from None
     return path
 
 
-def _continue_download(url: str, part: Path) -> None:
+def _download(url: str, part: Path, name: str) -> None:
+    """Fetch a file, however often the connection is cut, as long as each time some of it comes."""
+    certain = HASH.search(name) is not None  # otherwise parts of two files could be joined
+    if not certain:
+        part.unlink(missing_ok=True)
+    old, failures = _size(part), 0
+    while True:
+        before = _size(part)
+        try:
+            _continue_download(url, part, name)
+            break
+        except CUT:
+            failures = 0 if certain and _size(part) > before else failures + 1
+            if failures == TRIES:
+                raise
+            if not certain:
+                part.unlink(missing_ok=True)
+    if old and not _has_promised_hash(part, name):  # what lay there was no part of this file
+        part.unlink()
+        _download(url, part, name)
+
+
+def _continue_download(url: str, part: Path, name: str) -> None:
     """Fetch what is missing of a file, with a bar; what arrives stays if the connection is cut."""
-    have = part.stat().st_size if part.is_file() else 0
+    from tqdm.auto import tqdm
+
+    have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is missing
+        if error.code == 416 and have:  # there is nothing after what we have
             return
         raise
-    with response:
-        resumed = response.status == 206
-        have = have if resumed else 0
+    part.touch()
+    with response, part.open("r+b") as stream:
+        # Never emptied: whoever fetches the same file at the same time writes the same bytes.
+        have = stream.seek(have if response.status == 206 else 0)
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        bar = tqdm(
-            total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None
-        )
-        with part.open("ab" if resumed else "wb") as stream, tqdm(**bar, desc=part.stem) as bar:
+        total = have + int(length) if length and length.isdecimal() else None
+        with tqdm(
+            total=total, initial=have, unit="B", unit_scale=True, desc=name, disable=None
+        ) as bar:
             while block := response.read(CHUNK):
                 stream.write(block)
                 bar.update(len(block))
-            have = stream.tell()
-    if total is not None and have < total:
-        raise urllib.error.ContentTooShortError(f"only {have:,} of {total:,} bytes came", None)
+        if total is not None and stream.tell() < total:
+            words = f"the connection was cut after {stream.tell():,} of {total:,} bytes"
+            raise urllib.error.ContentTooShortError(words, None)
+        stream.truncate()
 
 
-def _require_hash(path: Path, name: str, by_hand: str) -> None:
-    """Raise a `WeightsError` unless a file has the SHA-256 that its name promises, if it does."""
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _has_promised_hash(path: Path, name: str) -> bool:
+    """Say whether a file has the SHA-256 that the name promises, if it promises one."""
     promised = HASH.search(name)
-    if promised and not sha256_of(path).startswith(promised[1]):
+    return promised is None or sha256_of(path).startswith(promised[1])
+
+
+def _require_hash(path: Path, called: object, by_hand: str) -> None:
+    """Raise a `WeightsError` unless a file has the SHA-256 that its name promises."""
+    name = path.name.removesuffix(".part")
+    if not _has_promised_hash(path, name):
         raise WeightsError(
-            f"{path} is not {name}: its SHA-256 does not start with {promised[1]}; delete it, and "
-            f"{by_hand}"
+            f"{called} is another file than its name promises: its SHA-256 does not start with "
+            f"{HASH.search(name)[1]}; delete it, and {by_hand}"
         )
