@@ -72,7 +72,7 @@ def find_state_dict(content: Any, ema: bool = False) -> dict[str, Tensor]:
     """Return the state dict in what a file held, without the prefixes that wrappers add.
 
     The authors keep it under "model", its moving average under "model_ema"; OpenMMLab under
-    "state_dict", which is the average if there is an "ema_state_dict". A bare one is taken as it is.
+    "state_dict", which is the average if there is an "ema_state_dict". A bare one is taken as is.
 
     Raises:
         WeightsError: There is no state dict, or with `ema` no moving average.
