@@ -3,10 +3,9 @@
 import argparse
 import json
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 import conformer_src as cs
 from conformer_src.conformer import VARIANTS, ConformerConfig
-from conformer_src.files import fetch, read_file, written_whole
+from conformer_src.files import read_file, written_whole
 from conformer_src.predict import Prediction, list_images, predict
 from conformer_src.weights import (
     _OPENMMLAB,
@@ -102,7 +101,7 @@ def _load(name: str | None, weights: str | None) -> cs.Conformer:
         return cs.create_model(name, pretrained=True)
     if name:
         cs.model_card(name)  # names a wrong model before a file is fetched
-    model = cs.load_model(fetch(weights) if re.match("https?://", weights) else weights)
+    model = cs.load_model(weights)
     if name:
         with torch.device("meta"):
             named = cs.create_model(name, num_classes=model.config.num_classes)
@@ -158,8 +157,9 @@ def convert_command(arguments: argparse.Namespace) -> dict:
     content, notes = read_file(source)
     state = find_state_dict(content, arguments.ema)
     # The tensors as they lie in the file: the model's own would be of single precision.
-    model.load_state_dict(to_own_names(state, model), assign=True)
-    left_out = _left_out(content, arguments.ema)
+    copies = {name: tensor.clone() for name, tensor in to_own_names(state, model).items()}
+    model.load_state_dict(copies, assign=True)
+    left_out = _left_out(content, state)
     if arguments.to == "ours":
         cs.save_weights(model, target)
     else:
@@ -191,11 +191,12 @@ def _guess(model: cs.Conformer) -> ConformerConfig | None:
         return None
 
 
-def _left_out(content: dict, ema: bool) -> list[str]:
+def _left_out(content: Mapping, state: Mapping[str, torch.Tensor]) -> list[str]:
     """Return what else a training run kept in the file: its optimizer, for example."""
-    taken = ("model_ema", "ema_state_dict") if ema else ("model", "state_dict")
-    nested = any(key in content for key in taken)
-    return sorted(str(key) for key in content if key not in taken) if nested else []
+    first = next(iter(state.values()))
+    entries = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    taken = [key for key in entries if any(one is first for one in entries[key].values())]
+    return sorted(str(key) for key in content if key not in taken) if taken else []
 
 
 def convert_text(done: dict) -> Iterable[str]:

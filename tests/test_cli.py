@@ -18,6 +18,7 @@ from test_predict import build, picture
 import conformer_src as cs
 from conformer_src import cli
 from conformer_src.conformer import CARDS, VARIANTS
+from conformer_src.files import read_file
 from conformer_src.predict import predict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -308,6 +309,22 @@ def test_the_precision_stays(run, tmp_path, micro, dtype):
     assert run("convert", tmp_path / "a.pth", tmp_path / "b.pth", "--to", "official")[0] == 0
     back = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
     torch.testing.assert_close(back, dict(state), rtol=0, atol=0)
+    words = ["convert", tmp_path / "a.pth", tmp_path / "c.safetensors", "--to", "ours"]
+    assert run(*words)[0] == 0
+    back = read_file(tmp_path / "c.safetensors")[0]
+    torch.testing.assert_close(back, dict(micro.state_dict()), rtol=0, atol=0)
+
+
+def test_of_openmmlabs_training_files_the_average_is_taken(run, tmp_path, micro):
+    """Theirs holds the average under "state_dict", and the other weights beside it."""
+    other = cs.create_model("conformer_micro", num_classes=7)
+    names = {"state_dict": micro, "ema_state_dict": other}
+    content = {key: cs.export_weights(model, "mmpretrain") for key, model in names.items()}
+    torch.save({**content, "meta": {}}, tmp_path / "train.pth")
+    words = ["convert", tmp_path / "train.pth", tmp_path / "a.safetensors", "--to", "ours", "--ema"]
+    assert run(*words)[1].splitlines()[1] == "left out: ema_state_dict, meta"
+    loaded = cs.load_model(tmp_path / "a.safetensors").state_dict()
+    torch.testing.assert_close(loaded, micro.state_dict(), rtol=0, atol=0)
 
 
 def test_a_config_that_weights_do_not_tell_is_left_out_loudly(run, tmp_path, weights):
