@@ -28,6 +28,7 @@ from conformer_src.attention import TransformerBlock
 from conformer_src.conv_block import ConvBlock, ConvBlockOutput, Stem, _require_maps, conv_norm
 from conformer_src.coupled_block import ConvTransBlock, Features, FirstBlock
 from conformer_src.fcu import DOWN_MODES, UP_MODES, FCUDown, FCUUp, NoCoupling
+from conformer_src.hub import HubMethods
 
 STEM_STRIDES = {"standard": 4, "small": 2}
 
@@ -432,7 +433,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.uniform_(module.bias, -bound, bound)
 
 
-class Conformer(ConformerBackbone):
+class Conformer(ConformerBackbone, HubMethods):
     """The dual-head network (Peng et al. 2021)."""
 
     def __init__(self, config: ConformerConfig) -> None:
