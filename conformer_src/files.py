@@ -206,35 +206,40 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
     if parts.scheme not in ("http", "https") or not parts.netloc or not name:
         raise WeightsError(f"{url} is no address of a file; it looks like https://host/name.pth.")
     folder = Path(folder or Path(torch.hub.get_dir()) / "checkpoints")
-    if not HASH.search(name):
+    certain = HASH.search(name) is not None
+    if not certain:
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     path = folder / name
     by_hand = f"download {url} elsewhere and save it as {path}, or give the path of your file."
     if path.is_file():
         _require_hash(path, path, by_hand)
         return path
-    part = path.with_name(f"{name}.part")
+    # Without a hash, parts of two versions could be joined: so begin anew, apart from others.
+    part = folder / (f"{name}.part" if certain else f".{secrets.token_hex(8)}.part")
+    keep = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _download(url, part, name)
+        if path.is_file() and not part.is_file():  # another process was faster
+            return path
         _kind(part, f"what came from {url}")
         _require_hash(part, f"what came from {url}", by_hand)
         os.replace(part, path)
-    except WeightsError:
-        part.unlink(missing_ok=True)
-        raise
     except (OSError, *CUT) as error:
-        if getattr(error, "errno", None) in DISK_FULL:
-            part.unlink(missing_ok=True)
+        keep = certain and getattr(error, "errno", None) not in DISK_FULL
         raise WeightsError(f"{name} cannot be fetched ({_words(error)}); {by_hand}") from None
+    except KeyboardInterrupt:
+        keep = certain
+        raise
+    finally:
+        if not keep:
+            part.unlink(missing_ok=True)
     return path
 
 
 def _download(url: str, part: Path, name: str) -> None:
     """Fetch a file, however often the connection is cut, as long as each time some of it comes."""
-    certain = HASH.search(name) is not None  # otherwise parts of two files could be joined
-    if not certain:
-        part.unlink(missing_ok=True)
+    certain = HASH.search(name) is not None
     old, failures = _size(part), 0
     while True:
         before = _size(part)
@@ -247,8 +252,8 @@ def _download(url: str, part: Path, name: str) -> None:
                 raise
             if not certain:
                 part.unlink(missing_ok=True)
-    if old and not _has_promised_hash(part, name):  # what lay there was no part of this file
-        part.unlink()
+    if old and part.is_file() and not _has_promised_hash(part, name):
+        part.unlink()  # what lay there was no part of this file
         _download(url, part, name)
 
 

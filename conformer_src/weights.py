@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -164,11 +165,14 @@ def find_variant(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-@lru_cache
+@lru_cache(maxsize=16)
 def _empty(config: ConformerConfig) -> Conformer:
     """Return a model with shapes and without values, to compare with."""
-    with torch.device("meta"):
-        return Conformer(config)
+    try:
+        with torch.device("meta"):
+            return Conformer(config)
+    except (RuntimeError, OverflowError) as error:  # shapes beyond what torch can count
+        raise WeightsError(f"no model can be built from {config} ({error}).") from None
 
 
 def _first_misfit(
@@ -176,9 +180,8 @@ def _first_misfit(
 ) -> str | None:
     """Say which tensor does not fit first, in words; None if all do."""
     own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    if missing:
-        return f"{len(missing)} of {len(own)} tensors are missing, {rename(missing[0])} first"
+    if missing := [name for name in own if name not in state]:
+        return f"{rename(missing[0])} is missing{_and_more(missing)}"
     for name, tensor in own.items():
         theirs = state[name]
         if theirs.shape != tensor.shape:
@@ -186,8 +189,13 @@ def _first_misfit(
             return f"{rename(name)} has shape {shapes}"
         if theirs.is_complex() or theirs.is_floating_point() != tensor.is_floating_point():
             return f"{rename(name)} holds {theirs.dtype}, but the model needs {tensor.dtype}"
-    spare = [name for name in state if name not in own]
-    return f"{len(spare)} tensors have no place in the model, {spare[0]} first" if spare else None
+    if spare := [name for name in state if name not in own]:
+        return f"{spare[0]} has no place in the model{_and_more(spare)}"
+    return None
+
+
+def _and_more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _require_fit(state: dict[str, Tensor], model: nn.Module, theirs: Mapping[str, Tensor]) -> None:
@@ -195,20 +203,20 @@ def _require_fit(state: dict[str, Tensor], model: nn.Module, theirs: Mapping[str
 
     `state` has the model's names, and gets its types; `theirs` are the same weights as they came.
     """
-    rename, own = NAMINGS[find_naming(theirs)], model.state_dict()
+    rename = NAMINGS[find_naming(theirs)]
     misfit = _first_misfit(state, model, rename)
     if misfit:
         variant = find_variant(theirs)
-        advice = f"the weights fit {variant}" if variant else "they fit no variant"
+        advice = f"the weights fit {variant}" if variant else "the weights fit no variant"
         raise WeightsError(
             f"{misfit}; {advice}: build the model with the config that they were made for."
         )
-    for name, tensor in state.items():
-        state[name] = tensor.to(own[name].dtype)
-        if tensor is not own[name] and not state[name].isfinite().all():
+    for name, tensor in model.state_dict().items():
+        state[name] = state[name].to(tensor.dtype)
+        if not state[name].isfinite().all():
             raise WeightsError(
-                f"{rename(name)} holds values that are not finite in {own[name].dtype}; fetch the "
-                "weights again, or train with a smaller learning rate."
+                f"{rename(name)} holds values that are not finite in {tensor.dtype}; fetch the "
+                "weights again, or go back to an earlier step of the training."
             )
 
 
@@ -220,12 +228,13 @@ def _contents(source: Mapping | str | Path) -> tuple[Any, dict[str, str]]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside a compiled or data-parallel one."""
-    while not isinstance(model, Conformer):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if inner is None:
-            break
+    """Return the network inside a compiled or data-parallel one; refuse one without values."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
         model = inner
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model is on the device meta and has no values; build it on another device."
+        )
     return model
 
 
@@ -273,11 +282,20 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """
     model = _unwrapped(model)
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _require_fit(dict(state), _empty(model.config), state)
+    _require_savable(state, model.config)
     config = json.dumps(asdict(model.config))
     notes = {"config": config, "package": provenance(), "sha256": digest(state, config)}
     with written_whole(path) as temporary:
         save_file(state, temporary, notes)
+
+
+def _require_savable(state: Mapping[str, Tensor], config: ConformerConfig) -> None:
+    """Raise a `WeightsError` for weights that `load_model` would refuse."""
+    if misfit := _first_misfit(state, _empty(config)):
+        raise WeightsError(f"{misfit}, by the model's config; save it before you change its parts.")
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{name} holds values that are not finite; nothing was written.")
 
 
 def find_config(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> ConformerConfig:
@@ -287,7 +305,7 @@ def find_config(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> Confor
         WeightsError: There is no header, and the shapes are those of no variant.
     """
     if "config" in notes:
-        return _config_from(notes["config"])
+        return _config_from(notes["config"], len(state))
     variant = find_variant(state)
     if variant is None:
         raise WeightsError("the weights fit no variant; build their model, then use load_weights.")
@@ -295,11 +313,15 @@ def find_config(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> Confor
     return replace(config, num_classes=count_classes(to_own_names(state, _empty(config))))
 
 
-def _config_from(text: str) -> ConformerConfig:
+def _config_from(text: str, tensors: int) -> ConformerConfig:
+    """Read a config, and refuse one of more blocks than there are tensors before it is built."""
     try:
-        return ConformerConfig(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        config = ConformerConfig(**json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"this is no config of a Conformer ({error}): {text[:80]}") from None
+    if config.depth * (1 + config.num_med_block) > tensors:
+        raise WeightsError(f"the config has more blocks than the weights: {text[:80]}")
+    return config
 
 
 def load_model(path: str | Path, ema: bool = False) -> Conformer:
@@ -314,8 +336,7 @@ def load_model(path: str | Path, ema: bool = False) -> Conformer:
     """
     content, notes = _contents(path)
     theirs = find_state_dict(content, ema)
-    with torch.device("meta"):  # no values of its own, so that weights are in memory only once
-        model = Conformer(find_config(theirs, notes))
+    model = deepcopy(_empty(find_config(theirs, notes)))  # so the weights are in memory only once
     state = to_own_names(theirs, model)
     _require_fit(state, model, theirs)
     model.load_state_dict(_unshared(state), assign=True)
