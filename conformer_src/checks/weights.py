@@ -10,8 +10,6 @@ from conformer_src.checks import exercise, require
 from conformer_src.conformer import VARIANTS, Conformer
 from conformer_src.weights import mmpretrain_name, official_name
 
-_Differences = tuple[list[str], list[str], list[str]]
-
 
 @cache
 def _names() -> dict[str, str]:
@@ -62,7 +60,7 @@ def _state(names: Iterable[str]) -> dict[str, Tensor]:
     return {name: torch.zeros(shapes.get(name, (3,))) for name in names}
 
 
-def _sorted(value: object) -> _Differences:
+def _sorted(value: object) -> tuple[list[str], ...]:
     """Return the three lists sorted, or refuse what is no three collections of names."""
     three = isinstance(value, list | tuple) and len(value) == 3
     collections = three and all(isinstance(part, list | tuple | set) for part in value)
@@ -73,7 +71,9 @@ def _sorted(value: object) -> _Differences:
 
 @exercise
 def check_differences(
-    answer: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], _Differences],
+    answer: Callable[
+        [Mapping[str, Tensor], Mapping[str, Tensor]], tuple[list[str], list[str], list[str]]
+    ],
 ) -> str:
     """Check the comparison of a model's tensors with a file's."""
     own = _state(["a.weight", "a.bias", "bn.num_batches_tracked", "norm1.weight", "norm2.weight"])
