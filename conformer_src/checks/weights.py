@@ -23,6 +23,8 @@ def _fault(theirs: str, given: object, right: str) -> str:
     """Say which rule a wrong name breaks."""
     if not isinstance(given, str):
         return f"return a name, a str, not a {type(given).__name__}"
+    if given == right.partition(".")[2]:
+        return f"{right.partition('.')[0]}. is missing in front"
     start, _, rest = given.partition(".")
     expected, _, right_rest = right.partition(".")
     if start != expected and rest == right_rest:
@@ -50,8 +52,8 @@ def check_name(answer: Callable[[str], str]) -> str:
         if (given := answer(theirs)) != expected
     }
     wrong = [f"{fault} ({theirs})" for fault, theirs in reversed(faults.items())]
-    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    require(not wrong, f"{'; '.join(wrong[:3])}{more}")
+    more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    require(not wrong, f"{'; '.join(wrong[:4])}{more}")
     return f"all {len(right)} names are OpenMMLab's"
 
 

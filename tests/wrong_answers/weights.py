@@ -57,7 +57,7 @@ WRONG = {
         (_name(head="    return 'head.' + name"), "all but the heads start with backbone."),
         (
             _name(head="    return name"),
-            "cls_token became cls_token, but must be backbone.cls_token",
+            "backbone. is missing in front",
         ),
         (_name(norms="    name = name.replace('ln.', 'norm.')"), "squeeze_block.ln"),
         (_name(head="    return name, 1"), "return a name, a str, not a tuple"),
