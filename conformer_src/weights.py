@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from conformer_src.conformer import VARIANTS, Conformer, ConformerConfig
 from conformer_src.conformer import create_model as _create_model
-from conformer_src.files import WeightsError, digest, fetch, provenance, read_file, written_whole
+from conformer_src.files import (
+    WeightsError,
+    _words,
+    digest,
+    fetch,
+    provenance,
+    read_file,
+    written_whole,
+)
 
 OFFICIAL_STARTS = {
     "entry.stem.": "",
@@ -124,7 +132,7 @@ def to_own_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
         WeightsError: Two tensors would get one name.
     """
     rename = NAMINGS[find_naming(state)]
-    own = {rename(name): name for name in model.state_dict()}
+    own = {rename(name): name for name in (*model.state_dict(), *HEADS)}
     return _renamed(state, lambda name: own.get(name, name))
 
 
@@ -171,8 +179,8 @@ def _empty(config: ConformerConfig) -> Conformer:
     try:
         with torch.device("meta"):
             return Conformer(config)
-    except (RuntimeError, OverflowError) as error:  # shapes beyond what torch can count
-        raise WeightsError(f"no model can be built from {config} ({error}).") from None
+    except (RuntimeError, OverflowError, TypeError) as error:  # too large for torch to count
+        raise WeightsError(f"no model can be built from {config} ({_words(error)}).") from None
 
 
 def _first_misfit(
@@ -187,10 +195,11 @@ def _first_misfit(
         if theirs.shape != tensor.shape:
             shapes = f"{tuple(theirs.shape)}, but the model needs {tuple(tensor.shape)}"
             return f"{rename(name)} has shape {shapes}"
-        if theirs.is_complex() or theirs.is_floating_point() != tensor.is_floating_point():
+        if theirs.is_complex() or theirs.dtype == torch.bool:
             return f"{rename(name)} holds {theirs.dtype}, but the model needs {tensor.dtype}"
     if spare := [name for name in state if name not in own]:
-        return f"{spare[0]} has no place in the model{_and_more(spare)}"
+        first = rename(spare[0]) if spare[0] in HEADS else spare[0]  # others kept their names
+        return f"{first} has no place in the model{_and_more(spare)}"
     return None
 
 
@@ -211,11 +220,14 @@ def _require_fit(state: dict[str, Tensor], model: nn.Module, theirs: Mapping[str
         raise WeightsError(
             f"{misfit}; {advice}: build the model with the config that they were made for."
         )
-    for name, tensor in model.state_dict().items():
-        state[name] = state[name].to(tensor.dtype)
-        if not state[name].isfinite().all():
+    for name, own in model.state_dict().items():
+        given = state[name]
+        state[name] = given.to(own.dtype)
+        # An infinite count would become some number.
+        finite = given.dtype == own.dtype or given.double().isfinite().all()
+        if not (finite and state[name].isfinite().all()):
             raise WeightsError(
-                f"{rename(name)} holds values that are not finite in {tensor.dtype}; fetch the "
+                f"{rename(name)} holds values that are not finite in {own.dtype}; fetch the "
                 "weights again, or go back to an earlier step of the training."
             )
 
