@@ -169,9 +169,10 @@ def _read_torch(path: Path) -> Any:
     if broken:
         raise WeightsError(f"{path} is damaged ({broken}); fetch it again.")
     try:
-        # The authors' training script stores its options beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # A stream, because of a path torch would believe the ending. The authors' training script
+        # stores its options beside the weights.
+        with path.open("rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle.UnpicklingError, and what strange content provokes
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {found[1]}" if found else _words(error)
@@ -220,12 +221,14 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _download(url, part, name)
-        if path.is_file() and not part.is_file():  # another process was faster
-            return path
         _kind(part, f"what came from {url}")
         _require_hash(part, f"what came from {url}", by_hand)
         os.replace(part, path)
-    except (OSError, *CUT) as error:
+    except (OSError, WeightsError, *CUT) as error:
+        if path.is_file():  # another process was faster
+            return path
+        if isinstance(error, WeightsError):
+            raise
         keep = certain and getattr(error, "errno", None) not in DISK_FULL
         raise WeightsError(f"{name} cannot be fetched ({_words(error)}); {by_hand}") from None
     except KeyboardInterrupt:
