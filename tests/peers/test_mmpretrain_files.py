@@ -66,6 +66,7 @@ def test_a_training_file_of_theirs_with_an_average(average, tmp_path):
     peer = build_peer(name)
     hook = EMAHook()
     hook.ema_model = ExponentialMovingAverage(peer, momentum=0.5)
+    hook.ema_model.update_parameters(peer)  # the first time, it copies
     with torch.no_grad():
         peer.backbone.cls_token.fill_(3)  # a step of training
     hook.ema_model.update_parameters(peer)
