@@ -8,6 +8,7 @@ import argparse
 import errno
 import hashlib
 import http.client
+import json
 import os
 import re
 import secrets
@@ -140,12 +141,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {}
     try:
         # The library checks the header. It maps the file into memory, where each page that is read
-        # would be counted a second time: so read the numbers past it, in the order of the file.
+        # would be counted a second time: so read the numbers past it.
         with safe_open(path, framework="pt") as stream, path.open("rb") as numbers:
-            notes = stream.metadata() or {}
-            numbers.seek(8 + int.from_bytes(numbers.read(8), "little"))
-            for name in stream.offset_keys():
+            notes, size = stream.metadata() or {}, int.from_bytes(numbers.read(8), "little")
+            header = json.loads(numbers.read(size))
+            for name in stream.keys():  # noqa: SIM118
                 tensors[name] = torch.empty_like(stream.get_tensor(name))
+                numbers.seek(8 + size + header[name]["data_offsets"][0])
                 numbers.readinto(_bytes_of(tensors[name]))
     except Exception as error:  # the library reports damage in several ways
         raise WeightsError(f"{path} is damaged ({_words(error)}); fetch it again.") from None
