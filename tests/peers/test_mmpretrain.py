@@ -3,41 +3,17 @@
 `make test-peers` installs mmpretrain and runs this; `make test` leaves it out.
 """
 
-import logging
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import PEERS, build_peer, deviation
 
 from conformer_src import create_model
 from conformer_src.checks import golden
 from conformer_src.weights import load_weights, mmpretrain_name, official_name
 
-mmpretrain = pytest.importorskip("mmpretrain", reason="make test-peers installs mmpretrain")
-
-PEERS = {
-    "conformer_tiny_patch16": "conformer-tiny-p16_3rdparty_in1k",
-    "conformer_small_patch16": "conformer-small-p16_3rdparty_in1k",
-    "conformer_small_patch32": "conformer-small-p32_8xb128_in1k",
-    "conformer_base_patch16": "conformer-base-p16_3rdparty_in1k",
-}
 SIZES = [(224, 224), (202, 135)]  # the second fits no variant: both networks pad
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.disable(logging.INFO)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
-
-
-def build_peer(name):
-    """OpenMMLab's network without stochastic depth, with fresh weights."""
-    return mmpretrain.get_model(PEERS[name], backbone={"drop_path_rate": 0.0})
 
 
 def build_both(name, dtype, **changes):
@@ -47,11 +23,6 @@ def build_both(name, dtype, **changes):
     weights = {mmpretrain_name(key): tensor for key, tensor in own.state_dict().items()}
     peer.load_state_dict(weights, strict=True)
     return own, peer
-
-
-def deviation(found, expected):
-    """The largest difference, over the root mean square of what is expected."""
-    return float((found - expected).abs().max() / expected.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
