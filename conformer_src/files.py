@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             "another folder that exists."
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -214,7 +215,7 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     path = folder / name
     by_hand = f"download {url} elsewhere and save it as {path}, or give the path of your file."
-    if path.is_file():
+    if os.path.isfile(path):  # False too where the folder must not be looked into
         _require_hash(path, path, by_hand)
         return path
     # Without a hash, parts of two versions could be joined: so begin anew, apart from others.
@@ -227,7 +228,7 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
         _require_hash(part, f"what came from {url}", by_hand)
         os.replace(part, path)
     except (OSError, WeightsError, *CUT) as error:
-        if path.is_file():  # another process was faster
+        if os.path.isfile(path):  # another process was faster
             return path
         if isinstance(error, WeightsError):
             raise
@@ -238,7 +239,8 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
         raise
     finally:
         if not keep:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
     return path
 
 

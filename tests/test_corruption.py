@@ -276,11 +276,9 @@ def test_a_bare_pickle_is_not_opened(protocol, tmp_path):
     assert trace.exists()  # it does work
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.args[1] if kind.endswith(".pth")])
 def test_a_hostile_pickle_in_place_of_a_part(kind, files, tmp_path):
     """A sound zip with right checksums, whose pickle is another."""
-    if kind == "ours.safetensors":
-        pytest.skip("holds no pickle")
     trace = tmp_path / "it_ran"
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(files[kind])) as old, zipfile.ZipFile(target, "w") as new:

@@ -500,7 +500,7 @@ def test_an_opened_image_that_is_truncated_is_named_by_its_place(model, tmp_path
     truncated(tmp_path / "bad.jpg")
     with (
         Image.open(tmp_path / "bad.jpg") as bad,
-        pytest.raises(ValueError, match=r"^image 1 .*trun"),
+        pytest.raises(ValueError, match=r"^image 1 .*truncated"),
     ):
         predict(model, [picture(), bad])
 
