@@ -104,10 +104,7 @@ def make_mix(recipe: Recipe, num_classes: int) -> Callable | None:
 
 
 class WeightAverage:
-    """A moving average of a model's parameters and statistics (EMA).
-
-    It begins quickly and slows down: step t keeps min(decay, (1 + t) / (10 + t)) of the average.
-    """
+    """A moving average (EMA) of a model's state; step t keeps min(decay, (1 + t) / (10 + t))."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -264,7 +261,9 @@ def build_trainer(
     """Prepare to train a model by a recipe; `steps` are those of an epoch."""
     accelerator = accelerator or Accelerator(mixed_precision=PRECISIONS[recipe.precision])
     freeze(model, recipe.freeze)
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    shared = isinstance(model, FSDPModule)  # whose parameters lie row by row
+    last = recipe.channels_last and not shared
+    layout = torch.channels_last if last else torch.contiguous_format
     model = model.to(accelerator.device, memory_format=layout)
     model.checkpointing = recipe.checkpointing
     average = WeightAverage(model, recipe.ema) if recipe.ema else None
@@ -273,7 +272,7 @@ def build_trainer(
     scheduler = warmup_cosine(optimizer, recipe, steps)  # the prepared optimizer would skip steps
     if recipe.compile:
         model.compile()
-    wrapped = model if isinstance(model, FSDPModule) else accelerator.prepare_model(model)
+    wrapped = model if shared else accelerator.prepare_model(model)
     optimizer = accelerator.prepare_optimizer(optimizer)
     loss = TwoHeadLoss(
         recipe.reduction, recipe.conv_weight, recipe.trans_weight, recipe.label_smoothing
@@ -387,11 +386,7 @@ def count_right(logits: DualLogits, labels: Tensor) -> list[float]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    dataset: Dataset,
-    accelerator: Accelerator | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
+    model: nn.Module, dataset: Dataset, accelerator=None, batch_size: int = 256, workers: int = 0
 ) -> Scores:
     """Score a model that is not wrapped, in eval mode; its training mode is restored.
 
