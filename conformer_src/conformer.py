@@ -165,7 +165,8 @@ def _misfit(sides: torch.Size, patch: int, stride: int) -> str:
 @contextmanager
 def _statistics_stand(module: nn.Module) -> Iterator[None]:
     """Let BatchNorm update copies of its running statistics, and put the originals back."""
-    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    kinds = nn.BatchNorm2d | nn.SyncBatchNorm
+    norms = [part for part in module.modules() if isinstance(part, kinds)]
     kept = [(norm, *named) for norm in norms for named in norm.named_buffers()]
     for norm, name, buffer in kept:
         setattr(norm, name, buffer.clone())

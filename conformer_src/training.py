@@ -151,7 +151,8 @@ def set_training(model: nn.Module, freeze_norm: bool) -> None:
     """Put a model into training mode, but not the BatchNorms whose statistics must stand."""
     model.train()
     for part in model.modules():
-        if isinstance(part, nn.BatchNorm2d) and (freeze_norm or not part.weight.requires_grad):
+        norm = isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)
+        if norm and (freeze_norm or not part.weight.requires_grad):
             part.eval()
 
 
@@ -202,13 +203,28 @@ def epoch_batches(images: int, recipe: Recipe, epoch: int) -> list[list[tuple[in
     return [keys[start : start + size] for start in range(0, steps * size, size)]
 
 
+def part_size(recipe: Recipe, processes: int) -> int:
+    """Return how many images a process computes at a time.
+
+    Raises:
+        ValueError: The images of a batch cannot be dealt out evenly.
+    """
+    parts = processes * recipe.accumulate
+    if recipe.batch_size % parts:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} must be a multiple of {parts}, the number of processes "
+            f"({processes}) times accumulate ({recipe.accumulate}), so that each gets as much."
+        )
+    return recipe.batch_size // parts
+
+
 def share_batches(
     images: int, recipe: Recipe, start: int, accelerator: Accelerator
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the keys of this process's parts of all batches from step `start` to the run's end."""
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     first, skipped = divmod(start, steps_per_epoch(images, recipe))
-    size = recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
+    size = part_size(recipe, accelerator.num_processes)
     for epoch in range(first, recipe.epochs):
         for batch in epoch_batches(images, recipe, epoch)[skipped:]:
             own = batch[share]
@@ -261,9 +277,9 @@ def build_trainer(
     """Prepare to train a model by a recipe; `steps` are those of an epoch."""
     accelerator = accelerator or Accelerator(mixed_precision=PRECISIONS[recipe.precision])
     freeze(model, recipe.freeze)
-    shared = isinstance(model, FSDPModule)  # whose parameters lie row by row
-    last = recipe.channels_last and not shared
-    layout = torch.channels_last if last else torch.contiguous_format
+    part_size(recipe, accelerator.num_processes)  # raises what would come too late
+    rows = isinstance(model, FSDPModule) or not recipe.channels_last  # FSDP stores rows
+    layout = torch.contiguous_format if rows else torch.channels_last
     model = model.to(accelerator.device, memory_format=layout)
     model.checkpointing = recipe.checkpointing
     average = WeightAverage(model, recipe.ema) if recipe.ema else None
@@ -272,7 +288,7 @@ def build_trainer(
     scheduler = warmup_cosine(optimizer, recipe, steps)  # the prepared optimizer would skip steps
     if recipe.compile:
         model.compile()
-    wrapped = model if shared else accelerator.prepare_model(model)
+    wrapped = model if isinstance(model, FSDPModule) else accelerator.prepare_model(model)
     optimizer = accelerator.prepare_optimizer(optimizer)
     loss = TwoHeadLoss(
         recipe.reduction, recipe.conv_weight, recipe.trans_weight, recipe.label_smoothing
