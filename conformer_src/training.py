@@ -212,8 +212,8 @@ def part_size(recipe: Recipe, processes: int) -> int:
     parts = processes * recipe.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
-            f"batch_size {recipe.batch_size} must be a multiple of {parts}, the number of processes "
-            f"({processes}) times accumulate ({recipe.accumulate}), so that each gets as much."
+            f"batch_size {recipe.batch_size} must be a multiple of {parts}, the number of "
+            f"processes ({processes}) times accumulate ({recipe.accumulate}): all parts are equal."
         )
     return recipe.batch_size // parts
 
