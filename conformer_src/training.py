@@ -357,20 +357,20 @@ def require_finite(
     what = "gradient" if math.isfinite(total) else "loss"
     guilty = [] if math.isfinite(loss) else [name for *_, names in parts for name in names]
     names = gather_object(guilty) or gather_object([name for *_, names in parts for name in names])
+    shown = [*names[:3], f"{len(names) - 3} more"][: len(names)]
     rate = trainer.scheduler.get_last_lr()[0]
     trainer.optimizer.zero_grad()
     raise NonFiniteError(
         f"the {what} is not finite in step {trainer.step + 1}, at learning rate {rate:.3g}, for "
-        f"the batch with {', '.join(names[:3])} and {len(names) - 3} more; try a third of the "
-        "learning rate, --clip-grad 1, or --precision bf16 or fp32, and look at these images."
+        f"the batch with {', '.join(shown)}; try a third of the learning rate, --clip-grad 1, or "
+        "--precision bf16 or fp32, and look at these images."
     )
 
 
 def fit(trainer: Trainer, dataset: Dataset) -> Iterator[float]:
     """Train from where the trainer stands to the end of the last epoch; yield each step's loss.
 
-    Between two steps the caller may evaluate, save, or stop. A data set that streams brings its own
-    `load_batches`.
+    Between two steps the caller may evaluate, save or stop. A streaming set has its `load_batches`.
     """
     recipe = trainer.recipe
     load = getattr(dataset, "load_batches", partial(load_batches, dataset))
