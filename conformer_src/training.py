@@ -138,10 +138,7 @@ FREEZABLE = {
 
 
 def freeze(model: nn.Module, part: str) -> None:
-    """Leave a part of the model untrained: the "conv" or "trans" branch, or the "backbone".
-
-    The stem belongs to the CNN branch; the FCUs and the heads are trained unless "backbone".
-    """
+    """Leave a part untrained: the "conv" branch and stem, the "trans" branch, or the "backbone"."""
     for name, parameter in model.named_parameters():
         frozen = any(start in f".{name}" for start in FREEZABLE[part])
         parameter.requires_grad_(not frozen)
@@ -203,7 +200,7 @@ def epoch_batches(images: int, recipe: Recipe, epoch: int) -> list[list[tuple[in
     return [keys[start : start + size] for start in range(0, steps * size, size)]
 
 
-def part_size(recipe: Recipe, processes: int) -> int:
+def _part_size(recipe: Recipe, processes: int) -> int:
     """Return how many images a process computes at a time.
 
     Raises:
@@ -224,7 +221,7 @@ def share_batches(
     """Yield the keys of this process's parts of all batches from step `start` to the run's end."""
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     first, skipped = divmod(start, steps_per_epoch(images, recipe))
-    size = part_size(recipe, accelerator.num_processes)
+    size = _part_size(recipe, accelerator.num_processes)
     for epoch in range(first, recipe.epochs):
         for batch in epoch_batches(images, recipe, epoch)[skipped:]:
             own = batch[share]
@@ -277,7 +274,7 @@ def build_trainer(
     """Prepare to train a model by a recipe; `steps` are those of an epoch."""
     accelerator = accelerator or Accelerator(mixed_precision=PRECISIONS[recipe.precision])
     freeze(model, recipe.freeze)
-    part_size(recipe, accelerator.num_processes)  # raises what would come too late
+    _part_size(recipe, accelerator.num_processes)  # raises what would come too late
     rows = isinstance(model, FSDPModule) or not recipe.channels_last  # FSDP stores rows
     layout = torch.contiguous_format if rows else torch.channels_last
     model = model.to(accelerator.device, memory_format=layout)
@@ -334,7 +331,7 @@ def train_step(trainer: Trainer, parts: Sequence[Batch]) -> float:
     largest = recipe.clip_grad or math.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), largest)
     total = accelerator.reduce(loss, "mean").item()
-    require_finite(trainer, total, norm, loss, parts)
+    _require_finite(trainer, total, norm, loss, parts)
     trainer.optimizer.step()
     trainer.scheduler.step()
     trainer.optimizer.zero_grad()
@@ -344,7 +341,7 @@ def train_step(trainer: Trainer, parts: Sequence[Batch]) -> float:
     return total
 
 
-def require_finite(
+def _require_finite(
     trainer: Trainer, total: float, norm: Tensor, loss: Tensor, parts: Sequence[Batch]
 ) -> None:
     """Raise a `NonFiniteError` unless the loss and the gradient's norm are numbers.
