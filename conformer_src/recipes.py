@@ -41,7 +41,7 @@ _BOUNDS = {
     "above": (operator.gt, "above"),
     "at_least": (operator.ge, "of at least"),
     "below": (operator.lt, "below"),
-    "at_most": (operator.le, "of at most"),
+    "at_most": (operator.le, "at most"),
 }
 
 
@@ -107,7 +107,7 @@ class _Checked:
         names = [f"{head}_weight" for head in heads]
         _require(
             any(getattr(self, name) for name in names),
-            f"{' and '.join(names)} must not be 0, because no head would be taught.",
+            f"{' or '.join(names)} must be above 0, because otherwise no head is taught.",
         )
 
     def _check_together(self) -> None:
