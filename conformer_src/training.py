@@ -411,11 +411,11 @@ def evaluate(
     load = getattr(dataset, "evaluation_batches", partial(evaluation_batches, dataset))
     loader, numbers = load(accelerator, batch_size, workers)
     rows = {}
-    with _evaluating(model), accelerator.autocast():
+    with _evaluating(model) as like, accelerator.autocast():
         bar = tqdm(loader, "evaluating", leave=False, disable=None if numbers[0] == 0 else True)
         for number, (images, labels, _) in zip(numbers, bar, strict=True):
-            logits = model(images.to(accelerator.device))
-            rows[number] = count_right(logits, labels.to(accelerator.device))
+            logits = model(images.to(like.device))
+            rows[number] = count_right(logits, labels.to(like.device))
     rows = dict(gather_object(list(rows.items())))
     count, loss, *right = torch.tensor([rows[n] for n in sorted(rows)]).double().sum(0).tolist()
     return Scores(int(count), loss / count, *(None if r != r else 100 * r / count for r in right))
