@@ -180,7 +180,7 @@ class Recipe(_Checked):
         0.1, "loss", "share of the label given to all classes", at_least=0, below=1
     )
 
-    epochs: int = _about(5, "optimizer", "how often each image is seen", at_least=1)
+    epochs: int = _about(5, "optimizer", "passes over the training images", at_least=1)
     batch_size: int = _about(
         64, "optimizer", "images of a step, in all processes together", at_least=1
     )

@@ -52,15 +52,25 @@ def open_data(recipe: Recipe) -> Data:
         return Data(*_hold_out(train, recipe), test, tuple(train.classes))
     root = _require_folder(recipe)
     parts = _parts(root)
+    if parts and "train" not in parts:
+        raise FileNotFoundError(
+            f"{root} has {_listed(list(parts))}, but no train; add it, or give a folder with "
+            "nothing but a sub-folder for each class."
+        )
     train = _open_part(parts.get("train", root), recipe)
     classes = tuple(train.classes)
+    if len(classes) == 1:
+        raise ValueError(
+            f"{root} has one class, {classes[0]}: with a single answer there is nothing to learn; "
+            "add a sub-folder with images of what it is not."
+        )
     val, test = (
         _open_part(parts[part], recipe, classes) if part in parts else None
         for part in ("val", "test")
     )
     if not isinstance(train, ImageFolder):
         return Data(_open_stream(parts, root, recipe), val, test, classes)
-    _require_choice(train)
+    _warn_of_imbalance(train)
     if val is not None:
         return Data(_augmented(train, recipe), val, test, classes)
     return Data(*_hold_out(train, recipe), test, classes)
@@ -240,14 +250,9 @@ def _labels(images: Dataset) -> torch.Tensor:
     return torch.as_tensor(images.labels if hasattr(images, "labels") else images.targets)
 
 
-def _require_choice(images: ImageFolder) -> None:
-    """Refuse a single class; warn if one has ten times the images of another."""
+def _warn_of_imbalance(images: ImageFolder) -> None:
+    """Warn if one class has ten times the images of another: accuracy then says little."""
     counts = _labels(images).bincount()
-    if len(counts) == 1:
-        raise ValueError(
-            f"{images.root} has one class, {images.classes[0]}: with a single answer there is "
-            "nothing to learn; add a sub-folder with images of what it is not."
-        )
     most, least = (images.classes[place] for place in (counts.argmax(), counts.argmin()))
     if counts.max() >= 10 * counts.min():
         share = 100 * counts.max().item() / len(images)

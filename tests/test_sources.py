@@ -234,6 +234,14 @@ def test_missing_folders(tmp_path):
         open_data(own(tmp_path))
 
 
+def test_parts_without_training_images(tmp_path):
+    fill(tmp_path / "val", cats=3, dogs=3)
+    fill(tmp_path / "test", cats=3, dogs=3)
+    with pytest.raises(FileNotFoundError, match="has val, test, but no train; add it, or give a"):
+        open_data(own(tmp_path))
+    assert len(evaluation_images(own(tmp_path), ("cats", "dogs"))) == 6
+
+
 def test_an_empty_class(tmp_path):
     fill(tmp_path, cats=3)
     (tmp_path / "dogs").mkdir()
@@ -420,6 +428,14 @@ def test_shards_need_images_for_validation(tmp_path):
     words = r"own holds shards, of which no images can be held out; put them into .*train, and"
     with pytest.raises(ValueError, match=words):
         open_data(own(tmp_path / "own"))
+
+
+@pytest.mark.usefixtures("scaling")
+def test_shards_of_one_class(tmp_path):
+    shards(tmp_path / "train", "cats")
+    shards(tmp_path / "val", "cats")
+    with pytest.raises(ValueError, match="has one class, cats: with a single answer"):
+        open_data(own(tmp_path))
 
 
 @pytest.mark.usefixtures("scaling")
