@@ -215,9 +215,7 @@ def _part_size(recipe: Recipe, processes: int) -> int:
     return recipe.batch_size // parts
 
 
-def share_batches(
-    images: int, recipe: Recipe, start: int, accelerator: Accelerator
-) -> Iterator[list[tuple[int, int]]]:
+def share_batches(images: int, recipe: Recipe, start: int, accelerator: Accelerator) -> Iterator:
     """Yield the keys of this process's parts of all batches from step `start` to the run's end."""
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     first, skipped = divmod(start, steps_per_epoch(images, recipe))
@@ -235,10 +233,7 @@ Batch = tuple[Tensor, Tensor, Sequence[str]]  # images (B, C, H, W), labels (B,)
 def load_batches(
     dataset: Dataset, recipe: Recipe, start: int, accelerator: Accelerator
 ) -> Iterator[Sequence[Batch]]:
-    """Yield this process's share of each batch from step `start` to the run's end, in parts.
-
-    With `recipe.accumulate` parts, only one has to fit into memory at a time.
-    """
+    """Yield this process's share of each batch from step `start` on, in `recipe.accumulate` parts."""
     loader = DataLoader(
         SeededSamples(dataset),
         batch_sampler=share_batches(len(dataset), recipe, start, accelerator),
