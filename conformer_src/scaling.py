@@ -57,15 +57,16 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         """Normalise maps (B, C, H, W), each process its own."""
         if not self.training or process_count() == 1:
             return super().forward(maps)
-        mean, variance, count = joint_statistics(maps.to(self.weight.dtype))
+        precise = maps.to(self.weight.dtype)  # autocast gives 16 bits
+        mean, variance, count = joint_statistics(precise)
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = variance * (count / (count - 1)).to(variance.dtype)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(unbiased, self.momentum)
-        centred = maps - mean[:, None, None]
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
+        scaled = (precise - mean[:, None, None]) * scale[:, None, None]
+        return (scaled + self.bias[:, None, None]).to(maps.dtype)
 
 
 def synchronize_norms(model: nn.Module) -> nn.Module:
