@@ -164,6 +164,7 @@ def convert_command(arguments: argparse.Namespace) -> dict:
         cs.save_weights(model, target)
     else:
         left_out += ["config"] if notes and _guess(model) != model.config else []
+        left_out += ["classes"] if model.classes is not None else []
         with written_whole(target) as temporary:
             torch.save({_ENTRIES[arguments.to]: cs.export_weights(model, arguments.to)}, temporary)
     return {
@@ -196,7 +197,8 @@ def _left_out(content: Mapping, state: Mapping[str, torch.Tensor]) -> list[str]:
     first = next(iter(state.values()))
     entries = {key: value for key, value in content.items() if isinstance(value, Mapping)}
     taken = [key for key in entries if any(one is first for one in entries[key].values())]
-    return sorted(str(key) for key in content if key not in taken) if taken else []
+    kept = [key for key in content if key not in taken and content[key] is not None]
+    return sorted(map(str, kept)) if taken else []
 
 
 def convert_text(done: dict) -> Iterable[str]:
@@ -289,7 +291,7 @@ def _add_predict(commands) -> None:
     added.add_argument(
         "--topk", type=_at_least_one, default=5, metavar="N", help="classes for each image (5)"
     )
-    added.add_argument("--classes", metavar="FILE", help="names of your own classes, one a line")
+    added.add_argument("--classes", metavar="FILE", help="other names of the classes, one a line")
 
 
 def _add_convert(commands) -> None:

@@ -232,6 +232,25 @@ def _leave_out(model: "Conformer") -> None:
         model.conv_head = _NoHead()
 
 
+def _misnamed(classes: object, count: int) -> str | None:
+    """Say in words why these cannot be the names of so many classes; None if they can."""
+    if not isinstance(classes, list | tuple):
+        return f"{type(classes).__name__}, not a list of names"
+    if others := [name for name in classes if not isinstance(name, str)]:
+        return f"names of type {type(others[0]).__name__}"
+    return f"{len(classes)} names for {count} classes" if len(classes) != count else None
+
+
+def _own_classes(model: nn.Module) -> tuple[str, ...] | None:
+    """Return the names that a model has for its classes; raise a `ValueError` for what are none."""
+    classes = getattr(model, "classes", None)
+    if classes is None:
+        return None
+    wrong = _misnamed(classes, model.config.num_classes)
+    _require(not wrong, f"model.classes holds {wrong}; set a tuple with one name for each class.")
+    return tuple(classes)
+
+
 def stage_widths(config: ConformerConfig) -> tuple[int, int, int]:
     """Return the channels of the CNN branch in its three stages."""
     return tuple(int(64 * factor * config.channel_ratio) for factor in (1, 2, 4))
@@ -436,6 +455,8 @@ def init_weights(module: nn.Module) -> None:
 
 class Conformer(ConformerBackbone, HubMethods):
     """The dual-head network (Peng et al. 2021)."""
+
+    classes: tuple[str, ...] | None = None  # their names; they travel with the weights
 
     def __init__(self, config: ConformerConfig) -> None:
         with _Undrawn():  # every value is drawn once, by init_weights

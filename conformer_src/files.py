@@ -50,9 +50,9 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """Return the SHA-256 of a text and of named tensors: names, types, shapes and values."""
-    total = hashlib.sha256(text.encode())
+def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """Return the SHA-256 of texts and of named tensors: names, types, shapes and values."""
+    total = hashlib.sha256("\n".join(texts).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -153,7 +153,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # the library reports damage in several ways
         raise WeightsError(f"{path} is damaged ({_words(error)}); fetch it again.") from None
     ours = "sha256" in notes or "package" in notes
-    if ours and notes.get("sha256") != digest(tensors, notes.get("config", "")):
+    texts = [notes[key] for key in ("config", "classes") if key in notes]
+    if ours and notes.get("sha256") != digest(tensors, *texts):
         raise WeightsError(
             f"{path} is damaged: its values are not those that were saved; fetch it again."
         )

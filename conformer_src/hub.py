@@ -38,7 +38,12 @@ class HubMethods:
         """
         # Weights come from a later chapter than the network: import them when they are needed.
         from conformer_src.conformer import _require_fields
-        from conformer_src.weights import find_config, find_state_dict, load_weights
+        from conformer_src.weights import (
+            _classes_from,
+            find_config,
+            find_state_dict,
+            load_weights,
+        )
 
         _require_fields(changes)
         config_file, weights_file = (_find(source, name, revision) for name in (CONFIG, WEIGHTS))
@@ -47,7 +52,11 @@ class HubMethods:
         config = find_config(state, {"config": _read_text(config_file)})
         if "config" in notes and find_config(state, notes) != config:
             raise WeightsError(f"{CONFIG} and the header of {WEIGHTS} disagree; save both again.")
-        return load_weights(cls(replace(config, **changes)), state)
+        classes = _classes_from(notes, config.num_classes)
+        model = load_weights(cls(replace(config, **changes)), state)
+        if model.config.num_classes == config.num_classes:
+            model.classes = classes
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into a folder, which is made if needed.

@@ -23,7 +23,7 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from conformer_src.conformer import Conformer, ConformerConfig, DualLogits
+from conformer_src.conformer import Conformer, ConformerConfig, DualLogits, _own_classes
 from conformer_src.coupled_block import Features
 from conformer_src.data import _to_rgb, photo_transform
 
@@ -310,7 +310,7 @@ def predict(
         images: a path, a folder, a PIL image, an array, a tensor, or a list or generator of these;
             see `list_images` and `open_image`.
         topk: how many classes to return for each image, at most all that there are.
-        classes: their names; see `class_names`.
+        classes: their names; by default `model.classes`, or else see `class_names`.
         transform: image -> tensor (C, H, W); by default `default_transform(model.config)`. It is
             given what `open_image` returns.
         batch_size: images at a time.
@@ -325,6 +325,7 @@ def predict(
     _require_count("topk", topk)
     if not config.num_classes:
         raise ValueError("a model of num_classes=0 predicts nothing; use extract_features.")
+    classes = _own_classes(model) if classes is None else classes
     names, found = class_names(config.num_classes, classes), []
     transform = transform or default_transform(config)
     with _evaluating(model) as like:

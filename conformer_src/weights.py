@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conformer_src.conformer import VARIANTS, Conformer, ConformerConfig
+from conformer_src.conformer import VARIANTS, Conformer, ConformerConfig, _misnamed, _own_classes
 from conformer_src.conformer import create_model as _create_model
 from conformer_src.files import (
     WeightsError,
@@ -86,13 +86,13 @@ def find_state_dict(content: Any, ema: bool = False) -> dict[str, Tensor]:
     Raises:
         WeightsError: There is no state dict, or with `ema` no moving average.
     """
-    keys = content.keys() if isinstance(content, Mapping) else ()
+    found = content if isinstance(content, Mapping) else {}
     places = ("state_dict", "model")
     if ema:
-        places = ("state_dict",) if "ema_state_dict" in keys else ("model_ema",)
-        if not any(place in keys for place in places):
+        places = ("state_dict",) if "ema_state_dict" in found else ("model_ema",)
+        if found.get(*places) is None:
             raise WeightsError("there is no moving average here; load the weights with ema=False.")
-    state = next((content[place] for place in places if place in keys), content)
+    state = next((found[place] for place in places if place in found), content)
     _require_state_dict(state)
     return _renamed(state, lambda name: re.sub(r"^((module|_orig_mod)\.)+", "", name))
 
@@ -254,6 +254,7 @@ def load_weights(model: nn.Module, source: Mapping | str | Path, ema: bool = Fal
     """Copy weights into a model, whoever saved and named them, and return the model.
 
     Heads for another number of classes are left out, with a warning; the model keeps its own.
+    Otherwise a model without names for its classes takes those of the file.
 
     Args:
         model: a `Conformer`.
@@ -264,16 +265,47 @@ def load_weights(model: nn.Module, source: Mapping | str | Path, ema: bool = Fal
     Raises:
         WeightsError: The file or the weights cannot be used; the model is as it was.
     """
-    inner = _unwrapped(model)
-    theirs = find_state_dict(_contents(source)[0], ema)
+    inner, (content, notes) = _unwrapped(model), _contents(source)
+    theirs = find_state_dict(content, ema)
     state = to_own_names(theirs, inner)
     exchanged = fit_heads(state, inner)
     _require_fit(state, inner, theirs)
+    _settle_classes(inner, notes, exchanged)
     inner.load_state_dict(state)
+    return model
+
+
+def _settle_classes(
+    model: nn.Module, notes: Mapping[str, str], exchanged: tuple[int, int] | None = None
+) -> None:
+    """Give a model the names in a header if it has none; warn if it keeps its heads or names."""
+    theirs = _classes_from(notes, exchanged[0] if exchanged else model.config.num_classes)
+    own = _own_classes(model)
     if exchanged:
         words = "the weights are for {} classes and the model for {}, so it keeps its own heads"
-        warnings.warn(words.format(*exchanged), stacklevel=2)
-    return model
+        warnings.warn(words.format(*exchanged), stacklevel=3)
+    elif own is None:
+        model.classes = theirs
+    elif theirs not in (None, own):
+        pairs = zip(theirs, own, strict=True)
+        their, our = next(pair for pair in pairs if pair[0] != pair[1])
+        words = f"the weights call {their!r} what the model calls {our!r}, and it keeps its names"
+        warnings.warn(f"{words}; set its classes to None first to take theirs", stacklevel=3)
+
+
+def _classes_from(notes: Mapping[str, str], count: int) -> tuple[str, ...] | None:
+    """Return the names of so many classes in a header; None if there are none."""
+    if "classes" not in notes:
+        return None
+    try:
+        names = json.loads(notes["classes"])
+    except (ValueError, RecursionError) as error:
+        wrong = f"no JSON ({_words(error)})"
+    else:
+        wrong = _misnamed(names, count)
+    if wrong:
+        raise WeightsError(f'"classes" in the header holds {wrong}; save the weights again.')
+    return tuple(names)
 
 
 def export_weights(model: nn.Module, naming: str = "official") -> dict[str, Tensor]:
@@ -287,7 +319,7 @@ def export_weights(model: nn.Module, naming: str = "official") -> dict[str, Tens
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a model's weights as safetensors, with its config and a checksum in the header.
+    """Write a model's weights as safetensors; config, classes and checksum stand in the header.
 
     Raises:
         WeightsError: The file cannot be written, or could not be loaded again; nothing is left.
@@ -295,10 +327,19 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     model = _unwrapped(model)
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     _require_savable(state, model.config)
-    config = json.dumps(asdict(model.config))
-    notes = {"config": config, "package": provenance(), "sha256": digest(state, config)}
+    notes = {"config": json.dumps(asdict(model.config))} | _class_notes(model)
+    notes |= {"sha256": digest(state, *notes.values()), "package": provenance()}
     with written_whole(path) as temporary:
         save_file(state, temporary, notes)
+
+
+def _class_notes(model: nn.Module) -> dict[str, str]:
+    """Return what a header says of the classes: their names, or nothing if they have none."""
+    try:
+        classes = _own_classes(model)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
+    return {} if classes is None else {"classes": json.dumps(classes)}
 
 
 def _require_savable(state: Mapping[str, Tensor], config: ConformerConfig) -> None:
@@ -351,6 +392,7 @@ def load_model(path: str | Path, ema: bool = False) -> Conformer:
     model = deepcopy(_empty(find_config(theirs, notes)))  # so the weights are in memory only once
     state = to_own_names(theirs, model)
     _require_fit(state, model, theirs)
+    _settle_classes(model, notes)
     model.load_state_dict(_unshared(state), assign=True)
     return model
 

@@ -182,6 +182,22 @@ def test_predict_uses_your_names(run, weights, images, tmp_path):
     fails(run(*words), f"{names} cannot be read")
 
 
+def test_predict_uses_the_names_that_the_weights_bring(run, images, tmp_path):
+    model = build()
+    model.classes = tuple("klmnopqrst")
+    cs.save_weights(model, tmp_path / "named.safetensors")
+    words = ["predict", images, "--weights", tmp_path / "named.safetensors", "--topk", 10]
+    [first, *_] = json.loads(run(*words, "--json")[1])
+    assert [one["label"] for one in first["classes"]] == [
+        "klmnopqrst"[one["index"]] for one in first["classes"]
+    ]
+    assert first["conv"]["label"] in model.classes
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join("abcdefghij"))
+    [first, *_] = json.loads(run(*words, "--classes", names, "--json")[1])
+    assert {one["label"] for one in first["classes"]} == set("abcdefghij")
+
+
 def test_bad_images_are_named_and_the_others_predicted(run, weights, images):
     (images / "1b.jpg").write_text("no image")
     missing = images / "missing.png"
@@ -334,6 +350,32 @@ def test_a_config_that_weights_do_not_tell_is_left_out_loudly(run, tmp_path, wei
     status, out, err = run("convert", weights, tmp_path / "b.safetensors", "--to", "ours")
     assert (status, err, len(out.splitlines())) == (0, "", 1)
     assert cs.load_model(tmp_path / "b.safetensors").config == build().config
+
+
+def test_names_of_classes_are_kept_in_our_files_and_left_out_of_others(run, tmp_path, micro):
+    micro.classes = tuple("abcdefg")
+    cs.save_weights(micro, tmp_path / "a.safetensors")
+    words = ["convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "ours"]
+    assert json.loads(run(*words, "--json")[1])["left_out"] == []
+    assert cs.load_model(tmp_path / "b.safetensors").classes == micro.classes
+    for naming in ("official", "mmpretrain"):
+        words = ["convert", tmp_path / "b.safetensors", tmp_path / f"{naming}.pth", "--to", naming]
+        status, out, err = run(*words)
+        assert (status, err) == (0, "")
+        assert out.splitlines()[1] == "left out: classes"
+    changed = build()
+    changed.classes = tuple("abcdefghij")
+    cs.save_weights(changed, tmp_path / "c.safetensors")
+    words = ["convert", tmp_path / "c.safetensors", tmp_path / "c.pth", "--to", "official"]
+    assert run(*words)[1].splitlines()[1] == "left out: config, classes"
+
+
+def test_what_a_run_did_not_keep_is_not_left_out(run, tmp_path, micro):
+    content = {"model": micro.state_dict(), "model_ema": None, "scaler": None, "step": 3}
+    torch.save(content, tmp_path / "run.pt")
+    words = ["convert", tmp_path / "run.pt", tmp_path / "a.safetensors", "--to", "ours"]
+    assert run(*words)[1].splitlines()[1] == "left out: step"
+    fails(run(*words, "--ema", "--force"), "there is no moving average here")
 
 
 def test_a_refused_source_costs_nothing(run, tmp_path):

@@ -38,6 +38,7 @@ REDUCED = ConformerConfig(
     stem="small",
 )
 MODEL = golden.fill_(Conformer(REDUCED), official_name)
+MODEL.classes = NAMES = ("cat", "dog", "früh")
 STATE = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}
 SEEDS = range(20)
 
@@ -83,15 +84,18 @@ def outcome(path):
             warnings.simplefilter("error", UserWarning)  # heads that stay would be a silent loss
             load_weights(model, path)
         assert equal(model, STATE), "other weights were loaded"
+        if path.suffix == ".safetensors":
+            assert model.classes == NAMES, "other names were loaded"
         outcomes.add("same")
     except WeightsError as error:
         assert equal(model, before), "a refused file changed the model"
+        assert model.classes is None, "a refused file named classes"
         outcomes.add(verdict(error))
     try:
         model = load_model(path)
         assert equal(model, STATE), "another model was built"
         if path.suffix == ".safetensors":
-            assert model.config == REDUCED
+            assert (model.config, model.classes) == (REDUCED, NAMES)
         outcomes.add("same")
     except WeightsError as error:
         if path.suffix == ".safetensors":  # torch files do not tell this model
@@ -226,6 +230,46 @@ def test_our_header_does_not_vouch_for_other_tensors(change, files, tmp_path):
     state = load(files["ours.safetensors"])
     change(state, random.Random(0))
     assert outcome(spoilt(path, save(state, notes))) == "refused"
+
+
+def edited(files, path, edit):
+    """Our file with another header around the same tensors."""
+    with safe_open(spoilt(path, files["ours.safetensors"]), framework="pt") as stream:
+        notes = stream.metadata()
+    edit(notes)
+    return spoilt(path, save(load(files["ours.safetensors"]), notes))
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        None,
+        "",
+        "null",
+        "{}",
+        '"abc"',
+        "[1, 2, 3]",
+        '["cat", "dog"]',
+        '["cat", "dog", "frueh"]',
+        '["dog", "cat", "fr\\u00fch"]',
+        '["cat","dog","fr\\u00fch"]',
+        '["cat", "dog", "fr\\u00fch"] ',
+        "[" * 100_000,
+    ],
+    ids=lambda value: str(value)[:26],
+)
+def test_other_names_of_classes(classes, files, tmp_path):
+    def edit(notes):
+        notes.pop("classes") if classes is None else notes.update(classes=classes)
+
+    assert outcome(edited(files, tmp_path / "a.safetensors", edit)) == "refused"
+
+
+@pytest.mark.parametrize("key", ["config", "package", "sha256"])
+def test_a_header_that_lacks_a_note(key, files, tmp_path):
+    """Who wrote the file does not matter, as long as the checksum and what it covers are there."""
+    path = edited(files, tmp_path / "a.safetensors", lambda notes: notes.pop(key))
+    assert outcome(path) == ("same" if key == "package" else "refused")
 
 
 # Pickles that run something when Python opens them: each would make the file `it_ran`.

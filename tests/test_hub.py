@@ -67,6 +67,36 @@ def test_changes_replace_fields_of_the_config(model, folder):
     assert torch.equal(found.entry.stem.conv1.weight, model.entry.stem.conv1.weight)
 
 
+def test_names_of_the_classes_come_along(model, tmp_path):
+    named = Conformer(CONFIG)
+    named.classes = tuple("abcdefg")
+    named.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == asdict(CONFIG)
+    assert Conformer.from_pretrained(tmp_path).classes == named.classes
+    assert Conformer.from_pretrained(tmp_path, drop_path_rate=0.1).classes == named.classes
+    with pytest.warns(UserWarning, match="it keeps its own heads"):
+        assert Conformer.from_pretrained(tmp_path, num_classes=3).classes is None
+    model.save_pretrained(tmp_path)
+    assert Conformer.from_pretrained(tmp_path).classes is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 3}])
+def test_names_that_are_none_are_refused(changes, model, folder):
+    notes = {"classes": '["a", "b"]'}  # and no config: the folder has one
+    save_file(model.state_dict(), folder / "model.safetensors", notes)
+    words = '^"classes" in the header holds 2 names for 7 classes; save the weights again'
+    with pytest.raises(WeightsError, match=words):
+        Conformer.from_pretrained(folder, **changes)
+
+
+def test_wrong_names_are_not_saved(tmp_path):
+    wrong = Conformer(CONFIG)
+    wrong.classes = ("a", "b")
+    with pytest.raises(WeightsError, match=r"^model\.classes holds 2 names for 7 classes; set"):
+        wrong.save_pretrained(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_a_class_that_inherits_is_what_comes_back(model, folder):
     class Mine(Conformer):
         pass

@@ -156,6 +156,38 @@ def test_other_classes_have_numbers_or_the_names_that_are_given(model):
         predict(model, picture(), classes=["a", "b"])
 
 
+def test_the_model_knows_the_names_of_its_classes():
+    """First those that are given, then the model's own, then ImageNet's, then numbers."""
+    model = build()
+    for own in (tuple("klmnopqrst"), list("klmnopqrst")):
+        model.classes = own
+        [found] = predict(model, picture(), topk=10)
+        assert found.labels == tuple(own[n] for n in found.indices)
+        assert found.conv[0] in own
+        [given] = predict(model, picture(), topk=10, classes="abcdefghij")
+        assert given.labels == tuple("abcdefghij"[n] for n in given.indices)
+    many = build(num_classes=1000)
+    many.classes = tuple(f"kind {n}" for n in range(1000))
+    [found] = predict(many, picture(), topk=1)
+    assert found.labels == (f"kind {found.indices[0]}",)
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (("a", "b"), "2 names for 10 classes"),
+        ("abcdefghij", "str, not a list of names"),
+        (list(range(10)), "names of type int"),
+    ],
+)
+def test_wrong_names_in_the_model_are_refused_unless_others_are_given(own, words):
+    model = build()
+    model.classes = own
+    with pytest.raises(ValueError, match=rf"^model\.classes holds {words}; set a tuple with one"):
+        predict(model, picture())
+    assert predict(model, picture(), topk=1, classes="abcdefghij")[0].labels[0] in "abcdefghij"
+
+
 def test_topk_is_at_most_all_classes(model):
     [found] = predict(model, picture(), topk=99)
     assert sorted(found.indices) == list(range(10))

@@ -1,8 +1,11 @@
 """The names of weights: ours, the authors', OpenMMLab's; files in any of them, there and back."""
 
 import argparse
+import copy
+import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -19,7 +22,7 @@ import conformer_src
 from conformer_src import weights
 from conformer_src.checks import golden
 from conformer_src.conformer import VARIANTS, Conformer, ConformerConfig
-from conformer_src.cost import fold_norms
+from conformer_src.cost import fold_norms, optimize_for_inference
 from conformer_src.files import WeightsError, digest, read_file
 from conformer_src.weights import (
     HEADS,
@@ -604,6 +607,254 @@ def test_another_naming_is_refused():
         ValueError, match=r"^naming must be one of ours, official, mmpretrain, not '"
     ):
         export_weights(Conformer(TOY), "timm")
+
+
+# A checkpoint of a run of ours
+
+
+def run_of_ours(model, average):
+    """What a run writes between two steps, with the state of a real optimizer and schedule."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(golden.image(2, 3, 32, 32)).sum().sum().backward()
+    optimizer.step()
+    halves = [torch.optim.lr_scheduler.LinearLR(optimizer) for _ in range(2)]
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, halves, [3])
+    return {
+        "step": 1,
+        "model": model.state_dict(),
+        "model_ema": average and average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": schedule.state_dict(),
+        "scaler": None,
+        "recipe": {"model": "conformer_micro", "lr": 0.001, "model_options": {}},
+    }
+
+
+@pytest.mark.parametrize("classes", [10, 7])
+def test_a_checkpoint_of_a_run_is_loaded_and_its_average_too(classes, tmp_path):
+    config = replace(VARIANTS["conformer_micro"], num_classes=classes)
+    model, average = Conformer(config), filled(config)
+    torch.save(run_of_ours(model, average), tmp_path / "a.pt")
+    for ema, expected in ((False, model), (True, average)):
+        found = load_model(tmp_path / "a.pt", ema=ema)
+        assert found.config == config
+        same(found, clones(expected))
+        same(load_weights(Conformer(config), tmp_path / "a.pt", ema=ema), clones(expected))
+
+
+@pytest.mark.parametrize("content", [{}, {"ema_state_dict": {}}, {"model_ema": None}])
+def test_an_average_of_none_is_an_average_that_is_not_there(content, tmp_path):
+    model = Conformer(VARIANTS["conformer_micro"])
+    torch.save(run_of_ours(model, None) | content, tmp_path / "a.pt")
+    before = clones(model)
+    for load in (load_model, lambda path, ema: load_weights(model, path, ema)):
+        with pytest.raises(WeightsError, match=r"^there is no moving average here; load the w"):
+            load(tmp_path / "a.pt", ema=True)
+    same(model, before)
+    same(load_model(tmp_path / "a.pt"), before)
+
+
+# Names of the classes
+
+NAMES = ("ant", "bee", "crane", "crane", "früh", "\udcff", "a, b", '"', "", "\n")
+
+
+def named(config=TOY, classes=NAMES):
+    model = filled(config)
+    model.classes = classes
+    return model
+
+
+def notes_of(path):
+    with safe_open(path, framework="pt") as stream:
+        return stream.metadata()
+
+
+@pytest.mark.parametrize(
+    ("classes", "changes"),
+    [(NAMES, {}), (list(NAMES), {}), ((), {"num_classes": 0}), (("one",), {"num_classes": 1})],
+    ids=str,
+)
+def test_names_of_classes_travel_with_the_weights(classes, changes, tmp_path, recwarn):
+    save_weights(named(changed(**changes), classes), tmp_path / "a.safetensors")
+    assert json.loads(notes_of(tmp_path / "a.safetensors")["classes"]) == list(classes)
+    for model in (
+        load_model(tmp_path / "a.safetensors"),
+        load_weights(Conformer(changed(**changes)), tmp_path / "a.safetensors"),
+    ):
+        assert model.classes == tuple(classes)
+        assert type(model.classes) is tuple
+    assert not recwarn.list
+
+
+def test_without_names_there_are_none(tmp_path):
+    save_weights(filled(), tmp_path / "a.safetensors")
+    assert load_model(tmp_path / "a.safetensors").classes is None
+    assert load_weights(Conformer(TOY), tmp_path / "a.safetensors").classes is None
+    assert named().classes == NAMES
+    assert Conformer.classes is None  # only that model was named
+
+
+def test_a_file_from_before_there_were_names_still_loads(tmp_path):
+    """The checksum as it was computed then, written out once more."""
+    state, config = clones(filled()), json.dumps(asdict(TOY))
+    total = hashlib.sha256(config.encode())
+    for name in sorted(state):
+        head = f"\n{name} {state[name].dtype} {tuple(state[name].shape)}\n"
+        total.update(head.encode() + state[name].numpy().tobytes())
+    notes = {"config": config, "package": "conformer_src 0.1", "sha256": total.hexdigest()}
+    save_file(state, tmp_path / "a.safetensors", notes)
+    model = load_model(tmp_path / "a.safetensors")
+    same(model, state)
+    assert model.classes is None
+    save_weights(filled(), tmp_path / "b.safetensors")
+    assert notes_of(tmp_path / "b.safetensors")["sha256"] == total.hexdigest()
+
+
+def test_the_checksum_covers_the_names(tmp_path):
+    save_weights(named(), tmp_path / "a.safetensors")
+    notes = notes_of(tmp_path / "a.safetensors")
+    others = json.dumps(["wasp", *NAMES[1:]])
+    for spoilt in (notes | {"classes": others}, {k: notes[k] for k in notes if k != "classes"}):
+        save_file(clones(filled()), tmp_path / "b.safetensors", spoilt)
+        with pytest.raises(WeightsError, match="its values are not those that were saved"):
+            load_model(tmp_path / "b.safetensors")
+    save_file(clones(filled()), tmp_path / "b.safetensors", notes)
+    assert load_model(tmp_path / "b.safetensors").classes == NAMES
+
+
+def test_heads_that_stay_take_no_names(tmp_path):
+    save_weights(named(), tmp_path / "a.safetensors")
+    fresh, own = Conformer(changed(num_classes=2)), Conformer(changed(num_classes=2))
+    own.classes = ("left", "right")
+    for model in (fresh, own):
+        with pytest.warns(UserWarning, match="^the weights are for 10 classes and the model for 2"):
+            load_weights(model, tmp_path / "a.safetensors")
+    assert fresh.classes is None
+    assert own.classes == ("left", "right")
+
+
+@pytest.mark.parametrize("classes", [NAMES, list(NAMES)], ids=type)
+def test_the_same_names_are_nothing_to_speak_of(classes, tmp_path, recwarn):
+    save_weights(named(), tmp_path / "a.safetensors")
+    model = Conformer(TOY)
+    model.classes = classes
+    assert load_weights(model, tmp_path / "a.safetensors").classes == classes
+    assert not recwarn.list
+
+
+def test_a_model_with_other_names_keeps_them_and_it_is_said(tmp_path):
+    save_weights(named(), tmp_path / "a.safetensors")
+    model, mine = Conformer(TOY), ("ant", "wasp", *NAMES[2:])
+    model.classes = mine
+    words = (
+        "^the weights call 'bee' what the model calls 'wasp', and it keeps its names; set its "
+        "classes to None first to take theirs$"
+    )
+    with pytest.warns(UserWarning, match=words) as heard:
+        load_weights(model, tmp_path / "a.safetensors")
+    assert len(heard) == 1
+    assert heard[0].filename == __file__
+    assert model.classes == mine
+    same(model, clones(filled()))
+    model.classes = None
+    assert load_weights(model, tmp_path / "a.safetensors").classes == NAMES
+
+
+def test_names_stay_when_weights_without_names_come():
+    model = named()
+    assert load_weights(model, official(filled())).classes == NAMES
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (json.dumps(NAMES[:3]), "holds 3 names for 10 classes; save the weights again"),
+        ("[]", "holds 0 names for 10 classes; save"),
+        (json.dumps([*NAMES[:9], 3]), "holds names of type int; save"),
+        (json.dumps([*NAMES[:9], None]), "holds names of type NoneType; save"),
+        ("[[]]", "holds names of type list; save"),
+        ('"abcdefghij"', "holds str, not a list of names; save"),
+        ('{"ant": 0}', "holds dict, not a list of names; save"),
+        ("null", "holds NoneType, not a list of names; save"),
+        ('["ant", ', r"holds no JSON \(.*\); save"),
+        ("", r"holds no JSON \(.*\); save"),
+        ("[" * 100_000, r"holds no JSON \(.*\); save"),
+        ("9" * 5000, r"holds no JSON \(.*\); save"),
+    ],
+    ids=lambda value: value[:20],
+)
+@pytest.mark.parametrize("by", ["us", "others"])
+def test_what_is_no_names_in_a_header_is_refused(by, classes, words, tmp_path):
+    state, config = clones(filled()), json.dumps(asdict(TOY))
+    notes = {"config": config, "classes": classes}
+    if by == "us":
+        notes["sha256"] = digest(state, config, classes)
+    save_file(state, tmp_path / "a.safetensors", notes)
+    same_heads, others = Conformer(TOY), Conformer(changed(num_classes=2))
+    before = clones(same_heads), clones(others)
+    for load in (
+        load_model,
+        lambda path: load_weights(same_heads, path),
+        lambda path: load_weights(others, path),
+    ):
+        with pytest.raises(WeightsError, match=f'^"classes" in the header {words}') as error:
+            load(tmp_path / "a.safetensors")
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 300
+    for model, state in zip((same_heads, others), before, strict=True):
+        same(model, state)
+        assert model.classes is None
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (NAMES[:3], "3 names for 10 classes"),
+        ((), "0 names for 10 classes"),
+        ("abcdefghij", "str, not a list of names"),
+        (range(10), "range, not a list of names"),
+        (tuple(range(10)), "names of type int"),
+    ],
+    ids=str,
+)
+def test_names_that_could_not_be_loaded_are_not_saved(classes, words, tmp_path):
+    save_weights(filled(), tmp_path / "before.safetensors")
+    model = named(classes=classes)
+    sentence = f"^model.classes holds {words}; set a tuple with one name for each class\\.$"
+    with pytest.raises(WeightsError, match=sentence):
+        save_weights(model, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["before.safetensors"]
+    fresh = Conformer(TOY)
+    fresh.classes, before = classes, clones(fresh)
+    with pytest.raises(ValueError, match=sentence):
+        load_weights(fresh, tmp_path / "before.safetensors")
+    same(fresh, before)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: optimize_for_inference(model, compile=False),
+        compiled,
+        lambda model: optimize_for_inference(compiled(model), compile=False),
+        lambda model: nn.DataParallel(model).module,
+        lambda model: model.to(torch.float64),
+    ],
+)
+def test_copies_and_other_forms_keep_the_names(copied):
+    assert copied(named()).classes == NAMES
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel])
+def test_names_reach_the_model_inside_and_come_from_it(wrap, tmp_path):
+    save_weights(wrap(named()), tmp_path / "a.safetensors")
+    model = Conformer(TOY)
+    load_weights(wrap(model), tmp_path / "a.safetensors")
+    assert model.classes == NAMES
 
 
 # Saving
