@@ -233,7 +233,7 @@ Batch = tuple[Tensor, Tensor, Sequence[str]]  # images (B, C, H, W), labels (B,)
 def load_batches(
     dataset: Dataset, recipe: Recipe, start: int, accelerator: Accelerator
 ) -> Iterator[Sequence[Batch]]:
-    """Yield this process's share of each batch from step `start` on, in `recipe.accumulate` parts."""
+    """Yield this process's share of each batch from step `start` on, in `accumulate` parts."""
     loader = DataLoader(
         SeededSamples(dataset),
         batch_sampler=share_batches(len(dataset), recipe, start, accelerator),
