@@ -22,6 +22,8 @@ LIT = {
     "05_coupled_block": ({"conv 3", "trans 3", "fcu 3"}, "one coupled block, here block 3"),
     "06_conformer": (ALL, "the whole model"),
     "07_weights": (ALL - {"image"}, "everything that holds weights"),
+    "08_training": ({"heads"}, "the two heads, whose losses train everything"),
+    "09_scaling": (ALL, "the whole model, a copy in each process"),
 }
 
 BLUE, ORANGE, GREEN, TEXT = "#1f5f99", "#b45309", "#2f7d4f", "#1a1a1a"
