@@ -1,4 +1,4 @@
-"""The command `conformer`: list and describe models, predict, convert weights."""
+"""The command `conformer`: list and describe models, predict, convert weights, train."""
 
 import argparse
 import json
@@ -7,12 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import conformer_src as cs
+from conformer_src.commands import add_evaluate, add_shards, add_train
 from conformer_src.conformer import VARIANTS, ConformerConfig
 from conformer_src.files import read_file, written_whole
 from conformer_src.predict import Prediction, list_images, predict
@@ -216,12 +218,14 @@ examples:
   conformer predict cat.jpg --weights mine.safetensors --classes names.txt
   conformer predict cat.jpg --weights mine.safetensors --topk 1 --json
   conformer convert published.pth mine.safetensors --to ours
+  conformer train fashion
+  conformer evaluate runs/fashion
 
 exit codes:
   0    all went well
   1    something could not be done; one sentence for each on stderr says what
   2    the command was used wrongly
-  130  stopped with Ctrl-C
+  130  stopped with Ctrl-C; 143: with SIGTERM
 """
 
 
@@ -243,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="conformer",
-        description="The vision Conformer: models, weights, predictions.",
+        description="The vision Conformer: models, weights, predictions, training.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[_common()],
@@ -253,6 +257,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_add_list, _add_info, _add_predict, _add_convert):
         add(commands)
+    for add in (add_train, add_evaluate, add_shards):
+        add(partial(_add, commands))
     return top
 
 
@@ -310,9 +316,13 @@ def _add_convert(commands) -> None:
     added.add_argument("--force", action="store_true", help="replace DST if it exists")
 
 
+_RANK = int(os.environ.get("RANK", 0))  # set by torchrun and `accelerate launch`
+
+
 def _tell(sentence: object) -> None:
     """Write a sentence on stderr, above a progress bar if there is one."""
-    tqdm.write(f"conformer: {sentence}", file=sys.stderr)
+    process = f" (process {_RANK})" if "RANK" in os.environ else ""
+    tqdm.write(f"conformer{process}: {sentence}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:
@@ -340,7 +350,9 @@ def _run(arguments: argparse.Namespace) -> int:
     arguments.complain = lambda sentence: (complaints.append(sentence), _tell(sentence))
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _tell(f"note: {message}")
-        _show(arguments.run(arguments), arguments)
+        result = arguments.run(arguments)
+        if _RANK == 0:
+            _show(result, arguments)
     return 1 if complaints else 0
 
 
@@ -351,7 +363,8 @@ def main(words: Sequence[str] | None = None) -> int:
         words: what follows `conformer`; by default the words that the program was started with.
 
     Returns:
-        0, 1 after an error, 130 after Ctrl-C, or 141 if who reads the output stopped reading.
+        0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM, or 141 if who reads the output
+        stopped reading.
 
     Raises:
         SystemExit: 0 after --help and --version, 2 after wrong usage.
@@ -369,7 +382,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         _tell(_one_line(error))
-        return 1
+        return getattr(error, "exit_code", 1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def write_history(history: list[dict], folder: Path) -> None:
-    """Write the rows of all epochs as CSV and as learning curves."""
+    """Write the rows of all epochs as CSV."""
     with (
         written_whole(folder / METRICS) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as stream,
@@ -81,11 +81,15 @@ def write_history(history: list[dict], folder: Path) -> None:
         writer = csv.DictWriter(stream, history[0].keys())
         writer.writeheader()
         writer.writerows(history)
+
+
+def write_curves(history: list[dict], folder: Path) -> None:
+    """Draw the learning curves into a file."""
     with written_whole(folder / CURVES) as temporary:
         plot_history(history).savefig(temporary, format="png", dpi=120)
 
 
-def plot_history(history: list[Mapping[str, Any]]) -> Figure:
+def plot_history(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the learning curves: the losses, and how many validation images are right."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     losses, shares = figure.subplots(1, 2)

@@ -12,11 +12,13 @@ runs/fashion/
 """
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,9 +39,16 @@ from conformer_src.checkpoints import (
 from conformer_src.conformer import Conformer
 from conformer_src.files import WeightsError, _words, written_whole
 from conformer_src.recipes import Recipe, load_recipe, write_recipe
-from conformer_src.records import HEADER, environment, line, write_history, write_tensorboard
+from conformer_src.records import (
+    HEADER,
+    environment,
+    line,
+    write_curves,
+    write_history,
+    write_tensorboard,
+)
 from conformer_src.scaling import shard_parameters, synchronize_norms
-from conformer_src.sources import Data, open_data
+from conformer_src.sources import Data, evaluation_images, open_data
 from conformer_src.training import (
     PRECISIONS,
     NonFiniteError,
@@ -132,18 +141,22 @@ def stop_requests() -> Iterator[SimpleNamespace]:
             signal.signal(number, handler)
 
 
-class _Timed:
-    """A data set that notes how long the training waits for it."""
+class _Watched:
+    """A data set that notes how long the training waits for it, and tells when it fails."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset, self.seconds = dataset, 0.0
+    def __init__(self, dataset: Any, on_failure: Callable[[], Any]) -> None:
+        self.dataset, self.on_failure, self.seconds = dataset, on_failure, 0.0
 
     def load_batches(self, *arguments: Any) -> Iterator[Any]:
-        load = getattr(self.dataset, "load_batches", None)
-        batches = load(*arguments) if load else load_batches(self.dataset, *arguments)
+        load = getattr(self.dataset, "load_batches", partial(load_batches, self.dataset))
+        batches = load(*arguments)
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except Exception:
+                self.on_failure()
+                raise
             self.seconds += time.perf_counter() - start
             if batch is None:
                 return
@@ -170,7 +183,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.steps = steps_per_epoch(len(self.data.train), self.trainer.recipe)
         self.main = self.trainer.accelerator.is_main_process
-        self.timed = _Timed(self.data.train)
+        self.images = _Watched(self.data.train, self.save_alone)
         self.since = time.perf_counter(), self.trainer.step
 
     def train(self) -> None:
@@ -183,9 +196,9 @@ class _Run:
             unit=" steps",
             disable=None if self.main else True,
         )
-        with stop_requests() as asked, shown as bar:
+        with stop_requests() as asked, shown as bar, self._explained():
             bar.set_description(f"epoch {trainer.step // self.steps + 1}/{recipe.epochs}")
-            for loss in self._guarded(fit(trainer, self.timed)):
+            for loss in fit(trainer, self.images):
                 self.progress.losses.append(loss)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -198,7 +211,13 @@ class _Run:
                 if ended or number or (recipe.save_steps and trainer.step % recipe.save_steps == 0):
                     self.save()
                 if number:
+                    self.draw()
                     raise Stopped(number, self.folder)
+
+    def draw(self) -> None:
+        """Draw the learning curves, if an epoch has ended."""
+        if self.main and self.progress.history:
+            write_curves(self.progress.history, self.folder)
 
     def _agreed(self, number: int) -> int:
         """Return the signal after which all processes stop, at the same step."""
@@ -208,31 +227,40 @@ class _Run:
         told = torch.tensor(number, device=accelerator.device)
         return int(accelerator.gather(told).max())
 
-    def _guarded(self, losses: Iterator[float]) -> Iterator[float]:
-        """Yield the losses; save the run if something outside it goes wrong, and say what."""
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say in one sentence what went wrong, and how the run goes on."""
         try:
-            yield from losses
-        except NonFiniteError as error:
-            raise RunError(f"{error} {self._way_on()}") from None
+            yield
+        except RunError:
+            raise
+        except (NonFiniteError, WeightsError) as error:
+            raise RunError(f"{self._sentence(error)} {self._way_on()}") from None
         except (OSError, RuntimeError, ValueError) as error:
-            if self.trainer.accelerator.num_processes == 1:  # several would wait for each other
-                self.save()
-            raise RunError(f"{self._what_happened(error)} {self._way_on()}") from error
+            raise RunError(f"{self._sentence(error)} {self._way_on()}") from error
 
-    def _what_happened(self, error: BaseException) -> str:
+    def save_alone(self) -> None:
+        """Save between two steps; several processes could not agree on it after a failure."""
+        if self.trainer.accelerator.num_processes == 1:
+            self.save()
+
+    def _sentence(self, error: BaseException) -> str:
         accelerator = self.trainer.accelerator
         if isinstance(error, torch.OutOfMemoryError):
             return "the device has too little memory; give --accumulate 2 or --checkpointing."
+        if found := re.search(r"DataLoader worker[^.:)]*\)[^.:)]*", str(error)):  # raised anywhere
+            return (
+                f"a process that reads images died ({found[0]}); look at the memory that is left."
+            )
         words = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        reason = (
-            words[-1].partition("Error: ")[2] or words[0]
-        )  # a reading process adds its traceback
+        reason = words[-1].partition("Error: ")[2] or words[0]  # reading processes add a traceback
+        reason = reason.rstrip(".")
         if accelerator.num_processes > 1 and isinstance(error, RuntimeError):
             return (
                 f"process {accelerator.process_index} stopped, because another one died or cannot "
-                f"be reached ({reason.rstrip('.')}); its own message says why."
+                f"be reached ({reason}); its own message says why."
             )
-        return reason.rstrip(".") + "."
+        return f"{reason}."
 
     def _way_on(self) -> str:
         saved = find_checkpoints(self.folder)
@@ -258,7 +286,7 @@ class _Run:
                 row |= _named("ema", self._score(self.data.val))
             score = row["ema_sum"]
         row["images_per_second"] = steps * trainer.recipe.batch_size / seconds
-        row["waiting"] = self.timed.seconds / seconds
+        row["waiting"] = self.images.seconds / seconds
         if score > progress.best:
             progress.best = score
             self.write_weights(BEST)
@@ -266,7 +294,7 @@ class _Run:
         progress.losses = []
         if self.main:
             self._report(row)
-        self.timed.seconds, self.since = 0.0, (time.perf_counter(), trainer.step)
+        self.images.seconds, self.since = 0.0, (time.perf_counter(), trainer.step)
 
     def _score(self, images: Any) -> Scores:
         trainer = self.trainer
@@ -308,6 +336,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Write the last weights; score the best on the test images, which nothing chose."""
         self.write_weights(LAST)
+        self.draw()
         accelerator = self.trainer.accelerator
         accelerator.wait_for_everyone()
         result = {"folder": str(self.folder), **self.progress.history[-1]}
@@ -417,3 +446,34 @@ def _open_folder(folder: Path, recipe: Recipe) -> None:
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps([*starts, environment()], indent=1), encoding="utf-8")
     write_recipe(recipe, folder / RECIPE)
+
+
+def evaluate_file(
+    weights: str | Path, recipe: str | Path | None = None, **changes: object
+) -> dict[str, Any]:
+    """Score a file of weights, or the best of a run's folder, on images of known classes.
+
+    Args:
+        weights: a file, or the folder of a run.
+        recipe: says which images; by default the one beside the weights.
+        changes: replace fields of the recipe: data, image_size, precision, workers.
+
+    Raises:
+        ValueError: There is no recipe, or the weights or the images cannot be used.
+    """
+    path = Path(weights)
+    path = path / BEST if path.is_dir() else path
+    beside = path.parent / RECIPE
+    if recipe is None and not beside.is_file():
+        raise RunError(f"there is no {RECIPE} beside {path}; give --recipe, a name or a file.")
+    model = load_model(path)
+    recipe = load_recipe(recipe or beside, in_chans=model.config.in_chans, **changes)
+    accelerator = make_accelerator(recipe)
+    images = evaluation_images(recipe, model.classes)
+    if model.config.num_classes != len(images.classes):
+        raise RunError(
+            f"{path} knows {model.config.num_classes} classes, and {recipe.data} has "
+            f"{len(images.classes)}; give the images that it was trained for."
+        )
+    scores = evaluate(model.to(accelerator.device), images, accelerator, workers=recipe.workers)
+    return {"weights": str(path), "data": recipe.data, **scores._asdict()}
