@@ -186,22 +186,27 @@ def _require_folder(recipe: Recipe) -> Path:
 
 def _parts(root: Path) -> dict[str, Path]:
     """Return the folders of the splits, or nothing if the sub-folders are the classes."""
-    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
-    visible = {name: path for name, path in folders.items() if not name.startswith(".")}
-    split = {name: visible[name] for name in ("train", "val", "test") if name in visible}
-    if any(not _is_part(folder) for folder in split.values()):
-        return {}  # a class has such a name: it holds images
-    if split and (others := sorted(visible.keys() - split)):
-        beside = f"beside {', '.join(f'{name}/' for name in split)}"
+    folders = _visible_folders(root)
+    parts = {name: folders[name] for name in ("train", "val", "test") if name in folders}
+    parts = {name: folder for name, folder in parts.items() if _is_part(folder)}
+    if "train" in folders and "train" not in parts:
+        return {}  # it holds images: a class of this name
+    if parts and (others := sorted(folders.keys() - parts)):
         warnings.warn(
-            f"{root}: {_listed(others)} {beside} is not used; only train, val and test are.",
+            f"{root}: {_listed(others)} beside {_listed(list(parts))} is not used; only train, val "
+            "and test are, with a sub-folder for each class.",
             stacklevel=3,
         )
-    return split
+    return parts
 
 
 def _is_part(folder: Path) -> bool:
-    return (folder / _SHARDS).is_file() or any(path.is_dir() for path in folder.iterdir())
+    return (folder / _SHARDS).is_file() or bool(_visible_folders(folder))
+
+
+def _visible_folders(root: Path) -> dict[str, Path]:
+    paths = [path for path in root.iterdir() if path.is_dir()]
+    return {path.name: path for path in paths if not path.name.startswith(".")}
 
 
 def _open_part(folder: Path, recipe: Recipe, classes: Sequence[str] | None = None) -> Dataset:

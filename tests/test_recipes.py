@@ -202,8 +202,8 @@ def test_an_empty_file_is_the_defaults(toml):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no recipe fashon; choose fashion, or"):
-        load_recipe("fashon")
+    with pytest.raises(FileNotFoundError, match="there is no recipe fashionn; choose fashion, or"):
+        load_recipe("fashionn")
     with pytest.raises(
         FileNotFoundError, match=r"no recipe .*mine\.toml; choose fashion, finetune"
     ):

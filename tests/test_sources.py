@@ -193,7 +193,9 @@ def test_unknown_classes_are_named(tmp_path):
 
 
 def test_classes_may_be_called_train_and_test(tmp_path):
-    data = open_data(own(fill(tmp_path, train=4, bus=4, test=4)))
+    fill(tmp_path, train=4, bus=4, test=4)
+    (tmp_path / "train" / ".thumbnails").mkdir()
+    data = open_data(own(tmp_path))
     assert data.classes == ("bus", "test", "train")
 
 
@@ -201,9 +203,19 @@ def test_folders_that_are_not_used_are_named(tmp_path):
     fill(tmp_path / "train", cats=3, dogs=3)
     fill(tmp_path / "valid", cats=3, dogs=3)
     (tmp_path / ".cache").mkdir()
-    with pytest.warns(UserWarning, match=r"valid beside train/ is not used; only train, val and"):
+    with pytest.warns(UserWarning, match="valid beside train is not used; only train, val and"):
         data = open_data(own(tmp_path))
     assert len(data.train) == 4
+
+
+def test_a_test_folder_without_labels_is_not_used(tmp_path):
+    fill(tmp_path / "train", cats=10, dogs=10)
+    draw(tmp_path / "test" / "1.png")
+    (tmp_path / "val").mkdir()
+    with pytest.warns(UserWarning, match="test, val beside train is not used; only .* with a sub-"):
+        data = open_data(own(tmp_path))
+    assert data.classes == ("cats", "dogs")
+    assert (len(data.train), len(data.val), data.test) == (18, 2, None)
 
 
 def test_one_class_is_refused(tmp_path):
