@@ -68,12 +68,16 @@ def open_data(recipe: Recipe) -> Data:
         _open_part(parts[part], recipe, classes) if part in parts else None
         for part in ("val", "test")
     )
-    if not isinstance(train, ImageFolder):
-        return Data(_open_stream(parts, root, recipe), val, test, classes)
-    _warn_of_imbalance(train)
-    if val is not None:
-        return Data(_augmented(train, recipe), val, test, classes)
-    return Data(*_hold_out(train, recipe), test, classes)
+    if isinstance(train, ImageFolder):
+        _warn_of_imbalance(train)
+    elif val is None:
+        raise ValueError(
+            f"{parts.get('train', root)} holds shards, of which no images can be held out; put "
+            f"them into {root / 'train'}, and others for validation into {root / 'val'}."
+        )
+    if val is None:
+        return Data(*_hold_out(train, recipe), test, classes)
+    return Data(_augmented(train, recipe), val, test, classes)
 
 
 def evaluation_images(recipe: Recipe, classes: Sequence[str] | None = None) -> Dataset:
@@ -237,18 +241,6 @@ def _relabelled(images: ImageFolder, classes: Sequence[str]) -> ImageFolder:
     images.keep([(path, numbers[images.classes[label]]) for path, label in images.samples])
     images.classes, images.class_to_idx = list(classes), numbers
     return images
-
-
-def _open_stream(parts: dict[str, Path], root: Path, recipe: Recipe) -> Dataset:
-    """Open shards to train on; they are read in a row, so nothing can be held out of them."""
-    if "val" not in parts:
-        raise ValueError(
-            f"{parts.get('train', root)} holds shards, of which no images can be held out; put "
-            f"them into {root / 'train'}, and others for validation into {root / 'val'}."
-        )
-    from conformer_src.scaling import open_shards
-
-    return open_shards(parts["train"], image_transform(recipe, train=True))
 
 
 def _labels(images: Dataset) -> torch.Tensor:

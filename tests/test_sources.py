@@ -1,9 +1,6 @@
 """The images of a recipe: which, split how, transformed how, and what is refused."""
 
-import json
 import shutil
-import sys
-import types
 import warnings
 from itertools import islice
 
@@ -17,6 +14,7 @@ from conformer_src import sources
 from conformer_src.conformer import create_model
 from conformer_src.data import FashionSubset, check_batch, fashion_transform, photo_transform
 from conformer_src.recipes import Recipe, load_recipe
+from conformer_src.scaling import write_shards
 from conformer_src.sources import evaluation_images, image_transform, open_data, split_by_class
 from conformer_src.training import build_trainer, evaluate, fit, steps_per_epoch
 
@@ -403,58 +401,51 @@ def test_fashion_is_scored_by_its_own_classes():
 # --- shards
 
 
-@pytest.fixture
-def scaling(monkeypatch):
-    """A stand-in for the module that reads shards: it notes how it is asked."""
-
-    def open_shards(folder, transform):
-        classes = json.loads((folder / "shards.json").read_text())["classes"]
-        return types.SimpleNamespace(folder=folder, transform=transform, classes=classes)
-
-    module = types.ModuleType("conformer_src.scaling")
-    module.open_shards = open_shards
-    monkeypatch.setitem(sys.modules, "conformer_src.scaling", module)
+def shards(folder, **counts):
+    pytest.importorskip("webdataset")
+    pictures = fill(folder.with_name(f"{folder.name} files"), **counts)
+    write_shards(pictures, folder, size=2)
+    shutil.rmtree(pictures)
 
 
-def shards(folder, *classes):
-    folder.mkdir(parents=True)
-    (folder / "shards.json").write_text(json.dumps({"classes": classes}))
-
-
-@pytest.mark.usefixtures("scaling")
 def test_shards_are_opened_with_their_transforms(tmp_path):
-    shards(tmp_path / "train", "cats", "dogs")
-    shards(tmp_path / "val", "cats", "dogs")
+    shards(tmp_path / "train", cats=4, dogs=4)
+    shards(tmp_path / "val", cats=1, dogs=2)
     fill(tmp_path / "test", dogs=2)
     data = open_data(own(tmp_path))
-    assert (data.train.folder, data.val.folder) == (tmp_path / "train", tmp_path / "val")
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 3, 2)
     assert len(data.train.transform.transforms) == 1 + len(data.val.transform.transforms)
     assert [label for _, label in data.test.samples] == [1, 1]
     assert data.classes == ("cats", "dogs")
-    assert evaluation_images(own(tmp_path / "val"), data.classes).folder == tmp_path / "val"
+    assert len(evaluation_images(own(tmp_path / "val"), data.classes)) == 3
 
 
-@pytest.mark.usefixtures("scaling")
+def test_shards_are_trained_on(tmp_path):
+    shards(tmp_path / "train", cats=4, dogs=4)
+    shards(tmp_path / "val", cats=1, dogs=2)
+    losses, scores = train(own(tmp_path, **SMALL | {"batch_size": 4}))
+    assert len(losses) == 2
+    assert scores.images == 3
+
+
 def test_shards_need_images_for_validation(tmp_path):
-    shards(tmp_path / "own", "cats", "dogs")
+    shards(tmp_path / "own", cats=1, dogs=1)
     words = r"own holds shards, of which no images can be held out; put them into .*train, and"
     with pytest.raises(ValueError, match=words):
         open_data(own(tmp_path / "own"))
 
 
-@pytest.mark.usefixtures("scaling")
 def test_shards_of_one_class(tmp_path):
-    shards(tmp_path / "train", "cats")
-    shards(tmp_path / "val", "cats")
+    shards(tmp_path / "train", cats=2)
+    shards(tmp_path / "val", cats=1)
     with pytest.raises(ValueError, match="has one class, cats: with a single answer"):
         open_data(own(tmp_path))
 
 
-@pytest.mark.usefixtures("scaling")
 def test_shards_of_other_classes(tmp_path):
-    shards(tmp_path / "train", "cats", "dogs")
-    shards(tmp_path / "val", "dogs", "cats")
-    with pytest.raises(ValueError, match="val have other classes, or in another order: dogs, cats"):
+    shards(tmp_path / "train", cats=1, dogs=1)
+    shards(tmp_path / "val", cats=1)
+    with pytest.raises(ValueError, match="have other classes, or in another order: cats; they mus"):
         open_data(own(tmp_path))
 
 
