@@ -4,9 +4,11 @@ import copy
 import itertools
 import math
 import random
+import runpy
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -781,3 +783,44 @@ def test_loading_gives_whole_batches_in_parts():
             for _, own, names in step
             for name, label in zip(names, own, strict=True)
         )
+
+
+# The benchmark
+
+
+BENCHMARK = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks/training.py"))
+
+
+def test_models_that_are_compared_have_equally_many_parameters():
+    sizes = {
+        name: sum(
+            p.numel() for p in create_model("conformer_micro", in_chans=1, **options).parameters()
+        )
+        for name, options in BENCHMARK["MODELS"].items()
+    }
+    assert set(sizes) == {"Conformer", "CNN", "ViT"}
+    for size in sizes.values():
+        assert size == pytest.approx(sizes["Conformer"], rel=0.1)
+
+
+def test_a_finished_run_is_found_again_by_its_recipe():
+    row = {"kind": "training", "recipe": {"a field that was dropped": 1} | asdict(RECIPE)}
+    find = BENCHMARK["find"]
+    assert find([row], RECIPE, "training") is row
+    assert find([row], RECIPE, "loading") is None
+    assert find([row], replace(RECIPE, seed=1), "training") is None
+    del row["recipe"]["ema"]  # a field that came later
+    assert find([row], RECIPE, "training") is row
+
+
+def test_a_bar_is_kept_by_the_mean_and_by_the_slowest_run():
+    rows = [
+        {"test": {"sum": accuracy}, "until the scores": {"wall s": wall}}
+        for accuracy, wall in [(84.9, 100), (85.3, 120)]
+    ]
+    verdict = BENCHMARK["verdict"]
+    assert verdict("subset", rows) == "85 % in 120 s: kept"
+    rows[1]["until the scores"]["wall s"] = 121
+    assert verdict("subset", rows) == "85 % in 120 s: missed (time)"
+    assert verdict("full", rows[:1]) == "91 % in 480 s: missed (accuracy)"
+    assert verdict("heads", rows) == ""
