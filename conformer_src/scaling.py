@@ -26,6 +26,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
@@ -116,12 +117,16 @@ def synchronize_norms(model: nn.Module) -> nn.Module:
 def shard_parameters(model: nn.Module) -> nn.Module:
     """Share out a model's parameters among all processes (FSDP); each holds a part of each.
 
-    A block's parameters are put together before it runs and given back afterwards. The model is
-    changed in place; the optimizer must be built from it afterwards.
+    A block's parameters are put together before it runs and given back afterwards. Build the
+    `Accelerator` and move the model to its device first; the model is changed in place. A process
+    that is alone keeps it as it is.
     """
+    if process_count() == 1:
+        return model
+    mesh = init_device_mesh(next(model.parameters()).device.type, (process_count(),))
     for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 _LIST = "shards.json"  # the shards of a folder, their sizes and checksums, and the classes
@@ -229,7 +234,7 @@ def _decode(content: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(content)) as image:
             return _to_rgb(image)
     except Exception as error:  # Pillow reports broken files in many ways
-        reason = " ".join(str(error).split()).replace("Error: ", "")
+        reason = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be read as an image ({reason}).") from None
 
 
@@ -277,6 +282,7 @@ def open_shards(folder: str | Path, transform: Callable | None = None) -> "Shard
     Raises:
         ValueError: There are no shards, or not all of them were written.
     """
+    _webdataset()
     plan = _read_list(str(folder))
     images = ShardedImages(str(folder), plan["shards"], plan["classes"], transform)
     if len(images) < plan["total"]:
@@ -332,7 +338,7 @@ Key = tuple[tuple[int, int], int]  # (number of the shard, place in it), seed of
 def stream_keys(
     sizes: Sequence[int], own: Sequence[int], recipe: Recipe, epoch: int, skip: int = 0
 ) -> Iterator[Key]:
-    """Yield the keys of a stream in an epoch without end: when its shards are through, they return.
+    """Yield a stream's keys in an epoch, without end: after its last shard the first comes again.
 
     The images of a shard are shuffled. What is skipped is counted, not read.
     """
@@ -415,7 +421,12 @@ class _SeededShards(SeededSamples):
 
 
 class ShardedImages(_Shards):
-    """Images in shards, which `fit` and `evaluate` read one shard after the other."""
+    """Images in shards, which `fit` and `evaluate` read one shard after the other.
+
+    A stopped run goes on with the same batches if processes and workers are as many as before.
+    Otherwise the step is the same, but the shards are dealt anew: in this one epoch some images
+    come twice and others wait.
+    """
 
     def load_batches(
         self, recipe: Recipe, start: int, accelerator: Accelerator

@@ -15,7 +15,14 @@ from conformer_src.conformer import Conformer, ConformerConfig, DualLogits
 from conformer_src.coupled_block import Features
 from conformer_src.recipes import Recipe
 from conformer_src.scaling import SyncedBatchNorm2d, shard_parameters, synchronize_norms
-from conformer_src.training import build_trainer, evaluate, fit, steps_per_epoch
+from conformer_src.training import (
+    PRECISIONS,
+    build_trainer,
+    evaluate,
+    fit,
+    set_training,
+    steps_per_epoch,
+)
 
 CONFIG = ConformerConfig(
     patch_size=8,
@@ -68,12 +75,13 @@ def train(steps, dtype=torch.float64, sync=True, shard=False, saved=None, kept=N
     `saved` is where to go on from, and `kept` a step after which all is kept as well.
     """
     recipe = Recipe(batch_size=8, epochs=2, workers=0, ema=0.9, lr=1e-2, **changes)
+    accelerator = Accelerator(mixed_precision=PRECISIONS[recipe.precision])
     dataset, model = Random(24, dtype), build(dtype)
     if sync:
         assert synchronize_norms(model) is model
     if shard:
         assert shard_parameters(model) is model
-    trainer = build_trainer(recipe, model, steps_per_epoch(24, recipe))
+    trainer = build_trainer(recipe, model, steps_per_epoch(24, recipe), accelerator)
     if saved:
         restore(trainer, unpacked(saved))
     losses, content = [], {}
@@ -84,9 +92,9 @@ def train(steps, dtype=torch.float64, sync=True, shard=False, saved=None, kept=N
         if trainer.step == steps:
             break
     network = trainer.network
-    scores = [evaluate(network, dataset, trainer.accelerator, batch_size=5)]
+    scores = [evaluate(network, dataset, accelerator, batch_size=5)]
     with trainer.average.applied(network):
-        scores.append(evaluate(network, dataset, trainer.accelerator, batch_size=5))
+        scores.append(evaluate(network, dataset, accelerator, batch_size=5))
     held = sum(
         (p.to_local() if shard else p).numel() for p in network.parameters() if p.numel() > 1
     )
@@ -208,6 +216,30 @@ def test_synchronizing_replaces_every_norm_and_keeps_all_names():
     assert [type(norm) for norm in norms(model)] == [SyncedBatchNorm2d] * count
     assert list(model.state_dict()) == list(before)
     assert all(tensor is not None for tensor in model.load_state_dict(before))
+
+
+def test_torchs_own_synced_norm_is_frozen_and_counts_a_recomputed_batch_once():
+    """What `synchronize_norms` gives on a GPU; alone, it computes on the CPU as well."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build())
+    synced = [part for part in model.modules() if isinstance(part, nn.SyncBatchNorm)]
+    model.checkpointing = True
+    model.train()(torch.randn(2, 3, 32, 32).double()).sum().sum().backward()
+    assert {norm.num_batches_tracked.item() for norm in synced} == {1}
+    set_training(model, freeze_norm=True)
+    assert model.training
+    assert not any(norm.training for norm in synced)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_norms_are_torchs():
+    model = synchronize_norms(build(torch.float32).cuda())
+    assert not norms(model)
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
+
+
+def test_alone_nothing_is_shared_out():
+    model = build()
+    assert type(shard_parameters(model)) is Conformer
 
 
 # --- training -----------------------------------------------------------------------------------

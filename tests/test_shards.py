@@ -220,7 +220,7 @@ def test_without_webdataset_the_sentence_says_what_to_install(
     with pytest.raises(ValueError, match=r"pip install webdataset$"):
         write_shards(source, tmp_path / "shards")
     with pytest.raises(ValueError, match=r"pip install webdataset$"):
-        open_shards(shards)[0, 0]
+        open_shards(shards)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def steps_of(shards, options, start, index, processes):
         (1, {}),
         (2, {"accumulate": 2}),
         (3, {"batch_size": 6, "repeats": 2}),
-        (1, {"accumulate": 2, "workers": 3}),
+        (1, {"accumulate": 2, "workers": 2}),
         (2, {"workers": 2}),
     ],
 )
@@ -398,7 +398,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(shards):
     with pytest.raises(ValueError, match=r"^batch_size 4 must be a multiple of 3"):
         steps_of(shards, recipe(), 0, 0, 3)
     with pytest.raises(ValueError, match=r"^6 shards cannot feed 8 streams"):
-        steps_of(shards, recipe(workers=4), 0, 0, 2)
+        steps_of(shards, recipe(workers=2), 0, 0, 4)
 
 
 def test_a_worker_names_the_shard_that_is_gone(copy):
