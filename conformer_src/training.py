@@ -293,7 +293,7 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # what Accelerate c
 
 
 class NonFiniteError(ValueError):
-    """The loss or a gradient is no number any more; the weights are those before the step."""
+    """The loss or a gradient is no number: parameters are as before, running statistics are not."""
 
 
 def backward(trainer: Trainer, part: Batch, share: float) -> Tensor:

@@ -109,6 +109,20 @@ def _kind(name: str, parameter: Tensor) -> str:
     return "the scale of a norm" if parameter.ndim < 2 else "a matrix or kernel"
 
 
+def _fault(name: str, parameter: Tensor, own: float | None, right: float | None) -> str | None:
+    """Say what is wrong with a parameter's decay, None where it is in no group; or None."""
+    kind = _kind(name, parameter)
+    if own == right:
+        return None
+    if own is None:
+        return f"{kind} is in no group"
+    if right is None:
+        return "a frozen parameter is in a group: leave out what has requires_grad False"
+    if right == 0:
+        return f"{kind} must not decay"
+    return f"{kind} must decay" if own == 0 else f"the weight decay is {own}, not {right}"
+
+
 @exercise
 def check_groups(answer: Callable[[nn.Module, float], list[dict]]) -> str:
     """Check what decays, what is spared, and that frozen parameters are left out."""
@@ -129,17 +143,12 @@ def check_groups(answer: Callable[[nn.Module, float], list[dict]]) -> str:
             for group in parameter_groups(model, 0.05)
             for parameter in group["params"]
         }
-        for name, parameter in model.named_parameters():
-            kind, own = _kind(name, parameter), decay.get(id(parameter))
-            expected = right.get(id(parameter))
-            require(
-                own is None or expected is not None,
-                f"{name} is frozen; leave out what has requires_grad False",
-            )
-            require(own is not None or expected is None, f"{name}, {kind}, is in no group")
-            require(not own or expected != 0.0, f"{name}, {kind}, must not decay")
-            require(own != 0.0 or not expected, f"{name}, {kind}, must decay")
-            require(own == expected, f"{name} has weight decay {own}; expected {expected}")
+        faults = {}
+        for name, parameter in reversed(list(model.named_parameters())):
+            fault = _fault(name, parameter, decay.get(id(parameter)), right.get(id(parameter)))
+            faults |= {fault: name} if fault else {}
+        wrong = [f"{fault} ({name})" for fault, name in reversed(faults.items())]
+        require(not wrong, "; ".join(wrong))
     return "matrices and kernels decay, all else is spared, and what is frozen is left out"
 
 

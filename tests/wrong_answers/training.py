@@ -101,22 +101,30 @@ WRONG = {
         ),
     ],
     "check_groups": [
-        (_TIDY, "entry.token_embed.cls_token, the class token, is in no group"),
-        (_groups(spare="spared if name.endswith('bias') else decayed"), "the class token, must"),
-        (_groups(spare="spared if parameter.ndim < 2 else decayed"), "class token, must not decay"),
+        (_TIDY, "the class token is in no group (entry.token_embed.cls_token)"),
+        (_TIDY, "the scale of a norm must not decay"),
+        (_TIDY, "the positional embedding is in no group"),
+        (
+            _groups(spare="spared if name.endswith('bias') else decayed"),
+            "the class token must not decay",
+        ),
+        (_groups(spare="spared if parameter.ndim < 2 else decayed"), "class token must not decay"),
         (
             _groups(spare="spared if name.endswith(('bias', 'token', 'embed')) else decayed"),
-            "the scale of a norm, must not decay",
+            "the scale of a norm must not decay",
         ),
         (
             _groups(spare="spared if parameter.ndim < 2 or name.endswith('token') else decayed"),
-            "the positional embedding, must not decay",
+            "the positional embedding must not decay",
         ),
-        (_groups(wanted="True"), "is frozen"),
-        (_groups(spare="spared"), "a matrix or kernel, must decay"),
+        (_groups(wanted="True"), "a frozen parameter is in a group"),
+        (_groups(spare="spared"), "a matrix or kernel must decay"),
         (_groups(result="decayed, spared"), "return a list of groups"),
         (_groups(result="2 * " + _PAIR), "stands in two groups"),
-        (_groups(result=_PAIR.replace("weight_decay}", "0.1}")), "weight decay 0.1"),
+        (
+            _groups(result=_PAIR.replace("weight_decay}", "0.1}")),
+            "the weight decay is 0.1, not 0.05",
+        ),
     ],
     "check_fates": [
         (_fates(fc_weight="same"), "its gradient is 0 and not None"),
