@@ -168,7 +168,7 @@ class Recipe(_Checked):
     mixup: float = _about(0.0, "augmentation", "alpha of mixup; 0: none", at_least=0)
     cutmix: float = _about(0.0, "augmentation", "alpha of CutMix; 0: none", at_least=0)
     repeats: int = _about(
-        1, "augmentation", "draws of an image in a row (repeated augmentation)", at_least=1
+        1, "augmentation", "draws of an image in a batch (repeated augmentation)", at_least=1
     )
 
     reduction: str = _about(

@@ -188,16 +188,17 @@ def epoch_batches(images: int, recipe: Recipe, epoch: int) -> list[list[tuple[in
     """Return the keys (index, seed) of each batch of an epoch, in a new order each time.
 
     Batches are full: what is left over waits for another epoch, and a set of fewer images than a
-    batch is repeated, each time with other seeds.
+    batch is repeated, each time with other seeds. With `recipe.repeats`, so many draws of an image
+    are in a batch, not side by side, because mixup pairs neighbours.
     """
     draw = torch.Generator().manual_seed(100_003 * recipe.seed + epoch)
     size, steps = recipe.batch_size, steps_per_epoch(images, recipe)
     rounds = math.ceil(steps * size / images)
     order = torch.cat([torch.randperm(images, generator=draw) for _ in range(rounds)])
-    order = order.repeat_interleave(recipe.repeats)[: steps * size].tolist()
-    seeds = torch.randint(2**31, (steps * size,), generator=draw).tolist()
-    keys = list(zip(order, seeds, strict=True))
-    return [keys[start : start + size] for start in range(0, steps * size, size)]
+    drawn = order.split(math.ceil(size / recipe.repeats))[:steps]
+    seeds = torch.randint(2**31, (steps, size), generator=draw).tolist()
+    batches = [part.repeat(recipe.repeats)[:size].tolist() for part in drawn]
+    return [list(zip(*keys, strict=True)) for keys in zip(batches, seeds, strict=True)]
 
 
 def _part_size(recipe: Recipe, processes: int) -> int:

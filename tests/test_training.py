@@ -8,6 +8,7 @@ import runpy
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -402,12 +403,21 @@ def test_a_small_set_is_repeated_with_other_seeds():
     assert [len(batch) for batch in epoch_batches(1, recipe, 0)] == [8]
 
 
-def test_repeats_draw_an_image_several_times_in_a_row():
+@pytest.mark.parametrize("size", [6, 7])
+def test_repeats_draw_an_image_several_times_in_a_batch_but_not_side_by_side(size):
+    recipe = replace(RECIPE, batch_size=size, repeats=3)
+    for batch in epoch_batches(36, recipe, 0):
+        drawn = [index for index, _ in batch]
+        assert len(drawn) == size
+        assert len(set(drawn)) == math.ceil(size / 3)
+        assert all(one != other for one, other in pairwise(drawn))
+
+
+def test_an_epoch_with_repeats_sees_a_part_of_the_images():
     recipe = replace(RECIPE, batch_size=6, repeats=3)
     batches = epoch_batches(36, recipe, 0)
     drawn = [index for batch in batches for index, _ in batch]
     assert len(batches) == 6
-    assert drawn[::3] == drawn[1::3] == drawn[2::3]
     assert len(set(drawn)) == 12  # an epoch sees a third of the images, as in DeiT
     assert len({seed for batch in batches for _, seed in batch}) == 36
 
