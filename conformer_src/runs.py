@@ -48,7 +48,7 @@ from conformer_src.records import (
     write_tensorboard,
 )
 from conformer_src.scaling import shard_parameters, synchronize_norms
-from conformer_src.sources import Data, evaluation_images, open_data
+from conformer_src.sources import Data, evaluation_images, input_config, open_data
 from conformer_src.training import (
     PRECISIONS,
     NonFiniteError,
@@ -93,6 +93,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # another run in this process had another precision
     accelerator = Accelerator(mixed_precision=precision)
+    if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use fp32
+        raise RunError("fp16 needs a GPU; choose --precision bf16 or fp32.")
     if accelerator.distributed_type not in SUPPORTED:
         raise RunError(
             f"Accelerate is configured for {accelerator.distributed_type.value}; leave that out of "
@@ -106,6 +108,11 @@ SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 def build_model(recipe: Recipe, classes: tuple[str, ...]) -> Conformer:
     """Build the model of a recipe, with fresh weights or those that it names."""
+    if recipe.freeze_norm and not recipe.weights:
+        raise RunError(
+            "freeze_norm keeps statistics that nobody has learnt yet; give --weights, or "
+            "--no-freeze-norm."
+        )
     torch.manual_seed(recipe.seed)
     published = recipe.weights == "published"
     model = create_model(
@@ -115,9 +122,9 @@ def build_model(recipe: Recipe, classes: tuple[str, ...]) -> Conformer:
         num_classes=len(classes),
         **recipe.model_options,
     )
+    model.classes, model.input = tuple(classes), input_config(recipe)
     if recipe.weights and not published:
         load_weights(model, recipe.weights)
-    model.classes = tuple(classes)
     return model
 
 
@@ -310,7 +317,7 @@ class _Run:
             write_tensorboard(row, self.folder)
 
     def write_weights(self, name: str) -> None:
-        """Write the weights, or their moving average, with config and class names."""
+        """Write the weights, or their moving average, and all that travels with them."""
         network, average = self.trainer.network, self.trainer.average
         state = average.state if average else network.state_dict()
         state = {name: whole(tensor) for name, tensor in state.items()}
@@ -318,7 +325,7 @@ class _Run:
             with torch.device("meta"):
                 model = Conformer(network.config)
             model.load_state_dict(state, assign=True)
-            model.classes = self.data.classes
+            model.classes, model.input = self.data.classes, input_config(self.trainer.recipe)
             save_weights(model, self.folder / name)
 
     def save(self) -> None:
@@ -453,6 +460,9 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """Score a file of weights, or the best of a run's folder, on images of known classes.
 
+    Without `data=...` these are the images that the run reports by: its test images, or those that
+    it held out if there are none. With it, all images of that folder, or those in its `test/`.
+
     Args:
         weights: a file, or the folder of a run.
         recipe: says which images; by default the one beside the weights.
@@ -469,11 +479,23 @@ def evaluate_file(
     model = load_model(path)
     recipe = load_recipe(recipe or beside, in_chans=model.config.in_chans, **changes)
     accelerator = make_accelerator(recipe)
-    images = evaluation_images(recipe, model.classes)
-    if model.config.num_classes != len(images.classes):
-        raise RunError(
-            f"{path} knows {model.config.num_classes} classes, and {recipe.data} has "
-            f"{len(images.classes)}; give the images that it was trained for."
-        )
+    images = _images_to_score(recipe, model, "data" in changes)
     scores = evaluate(model.to(accelerator.device), images, accelerator, workers=recipe.workers)
     return {"weights": str(path), "data": recipe.data, **scores._asdict()}
+
+
+def _images_to_score(recipe: Recipe, model: Conformer, others: bool) -> Any:
+    """Return the images to score a model by; refuse those of other classes."""
+    if others:
+        images = evaluation_images(recipe, model.classes)
+        classes = images.classes
+    else:
+        data = open_data(recipe)
+        images, classes = data.val if data.test is None else data.test, data.classes
+    fits = len(classes) == model.config.num_classes
+    if not fits or (model.classes is not None and tuple(classes) != tuple(model.classes)):
+        raise RunError(
+            f"the weights know other classes than {recipe.data}, which has {len(classes)}; give "
+            "the folder of their own images with --data."
+        )
+    return images

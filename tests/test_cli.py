@@ -435,7 +435,7 @@ def test_help_has_the_exit_codes_and_examples_that_parse(run):
     examples = [
         line.split(maxsplit=1)[1] for line in out.splitlines() if line[:12] == "  conformer "
     ]
-    assert len(examples) == 6
+    assert len(examples) == 8
     for example in examples:
         cli.build_parser().parse_args(shlex.split(example))
 
