@@ -40,7 +40,7 @@ from conformer_src.training import Batch, SeededSamples, _part_size, steps_per_e
 
 def process_count() -> int:
     """Return how many processes train together; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -75,7 +75,7 @@ def joint_statistics(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     own = torch.cat([count, count * mean, count * (variance + mean**2)])
     count, total, squares = SumOverProcesses.apply(own).split([1, len(mean), len(mean)])
     mean = total / count
-    variance = squares / count - mean**2
+    variance = (squares / count - mean**2).clamp(min=0)  # never below, by rounding
     return mean.to(maps.dtype), variance.to(maps.dtype), count
 
 
@@ -267,7 +267,7 @@ def _read_list(folder: str) -> dict[str, Any]:
         if plan["total"] < sum(shard["samples"] for shard in plan["shards"]):
             raise ValueError
     except OSError as error:
-        reason = error.strerror or error
+        reason = error.strerror or "it was not fetched"
         raise ValueError(
             f"{address} cannot be read ({reason}); write the shards with: conformer shards"
         ) from None
@@ -302,7 +302,7 @@ def read_shard(address: str, checksum: str) -> list[tuple[bytes, int, str]]:
     try:
         content = _read(address)
     except OSError as error:
-        reason = error.strerror or error
+        reason = error.strerror or "it was not fetched"
         raise ValueError(f"the shard {address} cannot be read ({reason}); put it back.") from None
     if hashlib.sha256(content).hexdigest() != checksum:
         raise ValueError(f"the shard {address} is damaged; copy or write it again.")
