@@ -67,7 +67,7 @@ def planned(part: str) -> list[Run]:
     if part == "subset":
         return [(part, "Conformer", {})]
     if part == "full":
-        return [(part, "Conformer", {"data": "fashion", "epochs": 3})]
+        return [(part, "Conformer", {"data": "fashion"})]
     if part == "heads":
         names = ("conv_weight", "trans_weight")
         return [(part, what, dict(zip(names, pair, strict=True))) for what, pair in HEADS.items()]
