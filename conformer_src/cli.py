@@ -166,7 +166,7 @@ def convert_command(arguments: argparse.Namespace) -> dict:
         cs.save_weights(model, target)
     else:
         left_out += ["config"] if notes and _guess(model) != model.config else []
-        left_out += ["classes"] if model.classes is not None else []
+        left_out += [name for name in ("classes", "input") if getattr(model, name) is not None]
         with written_whole(target) as temporary:
             torch.save({_ENTRIES[arguments.to]: cs.export_weights(model, arguments.to)}, temporary)
     return {

@@ -456,8 +456,6 @@ def init_weights(module: nn.Module) -> None:
 class Conformer(ConformerBackbone, HubMethods):
     """The dual-head network (Peng et al. 2021)."""
 
-    classes: tuple[str, ...] | None = None  # their names; they travel with the weights
-
     def __init__(self, config: ConformerConfig) -> None:
         with _Undrawn():  # every value is drawn once, by init_weights
             super().__init__(config)

@@ -153,7 +153,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # the library reports damage in several ways
         raise WeightsError(f"{path} is damaged ({_words(error)}); fetch it again.") from None
     ours = "sha256" in notes or "package" in notes
-    texts = [notes[key] for key in ("config", "classes") if key in notes]
+    texts = [notes[key] for key in ("config", "classes", "input") if key in notes]
     if ours and notes.get("sha256") != digest(tensors, *texts):
         raise WeightsError(
             f"{path} is damaged: its values are not those that were saved; fetch it again."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformer_src.files import WeightsError, read_file, written_whole
+from conformer_src.inputs import InputConfig
 
 if TYPE_CHECKING:
     from conformer_src.conformer import Conformer
@@ -21,6 +22,10 @@ class HubMethods:
 
     A folder and a repository hold the same two files, `model.safetensors` and `config.json`.
     """
+
+    # What is known of a model beside its config; it travels with the weights.
+    classes: tuple[str, ...] | None = None  # their names
+    input: InputConfig | None = None  # how images are made ready
 
     @classmethod
     def from_pretrained(
@@ -40,6 +45,7 @@ class HubMethods:
         from conformer_src.conformer import _require_fields
         from conformer_src.weights import (
             _classes_from,
+            _input_from,
             find_config,
             find_state_dict,
             load_weights,
@@ -53,7 +59,9 @@ class HubMethods:
         if "config" in notes and find_config(state, notes) != config:
             raise WeightsError(f"{CONFIG} and the header of {WEIGHTS} disagree; save both again.")
         classes = _classes_from(notes, config.num_classes)
+        ready = _input_from(notes, config.in_chans)
         model = load_weights(cls(replace(config, **changes)), state)
+        model.input = ready
         if model.config.num_classes == config.num_classes:
             model.classes = classes
         return model

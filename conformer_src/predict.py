@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from conformer_src.conformer import Conformer, ConformerConfig, DualLogits, _own_classes
 from conformer_src.coupled_block import Features
-from conformer_src.data import _to_rgb, photo_transform
+from conformer_src.data import _to_rgb
+from conformer_src.inputs import InputConfig, input_transform, own_input, usual_crop
 
 # What counts as an image in a folder. The last four are named if this Pillow cannot read them.
 IMAGE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".heic")
@@ -146,22 +147,28 @@ def _grey(pixels: Tensor) -> Tensor:
     return brightness if pixels.is_floating_point() else brightness.round().byte()
 
 
-IMAGE_SIZES = {"standard": 224, "small": 32}  # by the stem
+# By the stem, for a model that has no input of its own; both with ImageNet's mean and deviation.
+USUAL_INPUTS = {"standard": InputConfig(), "small": InputConfig(32, crop=usual_crop(32))}
 
 
-def default_transform(config: ConformerConfig) -> Callable[[Image.Image | Tensor], Tensor]:
-    """Return the recipe's evaluation: the centre at 224 pixels, at 32 for the small stem.
+def default_transform(model: nn.Module) -> Callable[[Image.Image | Tensor], Tensor]:
+    """Return what makes an image ready: as `model.input` says, or else as is usual for the stem.
+
+    That is the centre at 224 pixels as for the published weights, and for the small stem all of an
+    image at 32.
 
     Raises:
-        ValueError: The model does not take 3 channels, so that nobody knows how its images were
-            normalised; the transform itself raises it for values or sides that make no sense.
+        ValueError: The model has no input and does not take 3 channels, so that nobody knows how
+            its images were normalised, or its input does not fit; the transform itself raises it
+            for values or sides that make no sense.
     """
-    if config.in_chans != 3:
+    config, ready = _config(model), own_input(model)
+    if ready is None and config.in_chans != 3:
         raise ValueError(
-            f"a model of {config.in_chans} channels has no usual transform; give the one of its "
-            "training, for example transform=fashion_transform(train=False)."
+            f"a model of {config.in_chans} channels has no usual transform; set model.input, or "
+            "give the one of its training, for example transform=fashion_transform(train=False)."
         )
-    prepare = photo_transform(train=False, size=IMAGE_SIZES[config.stem])
+    prepare = input_transform(ready or USUAL_INPUTS[config.stem])
     return lambda image: prepare(_require_usual(image))
 
 
@@ -311,8 +318,8 @@ def predict(
             see `list_images` and `open_image`.
         topk: how many classes to return for each image, at most all that there are.
         classes: their names; by default `model.classes`, or else see `class_names`.
-        transform: image -> tensor (C, H, W); by default `default_transform(model.config)`. It is
-            given what `open_image` returns.
+        transform: image -> tensor (C, H, W); by default `default_transform(model)`. It is given
+            what `open_image` returns.
         batch_size: images at a time.
         on_unreadable: called with a sentence for each image that cannot be used, which is then left
             out: `warnings.warn`, `print` or the `append` of a list.
@@ -327,7 +334,7 @@ def predict(
         raise ValueError("a model of num_classes=0 predicts nothing; use extract_features.")
     classes = _own_classes(model) if classes is None else classes
     names, found = class_names(config.num_classes, classes), []
-    transform = transform or default_transform(config)
+    transform = transform or default_transform(model)
     with _evaluating(model) as like:
         for places, batch in batches(images, transform, batch_size, config.in_chans, on_unreadable):
             rows = rank(model(batch.to(like)), names, topk)
@@ -352,7 +359,7 @@ def extract_features(
         model: on any device, compiled or not; its training mode is restored afterwards.
         images: what `predict` takes; the rows are in the order of `list_images(images)`.
         block: 1 to depth; by default the last.
-        transform: image -> tensor (C, H, W); by default `default_transform(model.config)`.
+        transform: image -> tensor (C, H, W); by default `default_transform(model)`.
         batch_size: images at a time.
 
     Raises:
@@ -361,7 +368,7 @@ def extract_features(
     """
     config, found = _config(model), []
     blocks = model.blocks[: _require_block(block, config.depth)]
-    transform = transform or default_transform(config)
+    transform = transform or default_transform(model)
     with _evaluating(model) as like:
         for _, batch in batches(images, transform, batch_size, config.in_chans):
             features = model.entry(batch.to(like))

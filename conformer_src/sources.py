@@ -20,6 +20,7 @@ from conformer_src.data import (
     fashion_mnist,
     image_folder,
 )
+from conformer_src.inputs import InputConfig, input_steps, input_transform, usual_crop
 from conformer_src.recipes import Recipe
 
 _FASHION = {"fashion-subset": FashionSubset, "fashion": fashion_mnist}
@@ -112,28 +113,34 @@ def evaluation_images(recipe: Recipe, classes: Sequence[str] | None = None) -> D
     return _open_part(parts.get("test", parts.get("val", root)), recipe, classes)
 
 
+def input_config(recipe: Recipe) -> InputConfig:
+    """Return how images are made ready to be scored; it travels with the weights of a run.
+
+    From 128 pixels on the usual 7/8 in the middle is kept. Smaller images have no margin to spare:
+    the shorter side becomes `image_size`, so that an image of that size keeps each pixel.
+    Fashion-MNIST gets two pixels of zeros on each side instead.
+    """
+    size = recipe.image_size
+    if recipe.data in _FASHION:
+        return InputConfig(size, *_colours(recipe), crop=1.0, pad=2)
+    return InputConfig(size, *_colours(recipe), crop=usual_crop(size))
+
+
 def image_transform(recipe: Recipe, train: bool) -> v2.Compose:
     """Return what makes an image of a recipe ready: any image in, float (C, size, size) out.
 
-    Without random crops, training sees the same part of an image as evaluation. From 128 pixels
-    on that is the usual 7/8 in the middle. Smaller images have no margin to spare: the shorter side
-    becomes `image_size`, so that an image of that size keeps each pixel. Fashion-MNIST gets two
-    pixels of zeros on each side instead.
+    Without random crops, training sees the same part of an image as evaluation.
     """
-    size, bicubic = recipe.image_size, v2.InterpolationMode.BICUBIC
-    fashion = recipe.data in _FASHION
-    colours = [v2.Grayscale() if recipe.in_chans == 1 else v2.RGB()]
-    shorter = int(size / 0.875) if size >= 128 else size
-    frame = [v2.Resize(shorter, interpolation=bicubic), v2.CenterCrop(size)]
-    if fashion:
-        colours, frame = [], [v2.Pad(2)]
-    varied = _augmentation(recipe) if train else []
-    if train and recipe.crop_scale < 1:
-        crop = v2.RandomResizedCrop(size, (recipe.crop_scale, 1), interpolation=bicubic)
-        frame = [*frame, crop] if fashion else [crop]
-    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*_colours(recipe))]
-    erase = [v2.RandomErasing(recipe.erasing, value="random")] if train and recipe.erasing else []
-    return v2.Compose([*colours, v2.ToImage(), *frame, *varied, *to_float, *erase])
+    ready = input_config(recipe)
+    if not train:
+        return input_transform(ready)
+    channels, square, numbers = input_steps(ready)
+    if recipe.crop_scale < 1:
+        bicubic, scale = v2.InterpolationMode.BICUBIC, (recipe.crop_scale, 1)
+        crop = v2.RandomResizedCrop(recipe.image_size, scale, interpolation=bicubic)
+        square = [*square, crop] if ready.pad else [crop]
+    erase = [v2.RandomErasing(recipe.erasing, value="random")] if recipe.erasing else []
+    return v2.Compose([*channels, *square, *_augmentation(recipe), *numbers, *erase])
 
 
 def _augmentation(recipe: Recipe) -> list[v2.Transform]:

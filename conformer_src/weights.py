@@ -32,6 +32,7 @@ from conformer_src.files import (
     read_file,
     written_whole,
 )
+from conformer_src.inputs import InputConfig, misfit_of_input, own_input
 
 OFFICIAL_STARTS = {
     "entry.stem.": "",
@@ -254,7 +255,7 @@ def load_weights(model: nn.Module, source: Mapping | str | Path, ema: bool = Fal
     """Copy weights into a model, whoever saved and named them, and return the model.
 
     Heads for another number of classes are left out, with a warning; the model keeps its own.
-    Otherwise a model without names for its classes takes those of the file.
+    A model without an input, or without names for the same classes, takes those of the file.
 
     Args:
         model: a `Conformer`.
@@ -270,17 +271,22 @@ def load_weights(model: nn.Module, source: Mapping | str | Path, ema: bool = Fal
     state = to_own_names(theirs, inner)
     exchanged = fit_heads(state, inner)
     _require_fit(state, inner, theirs)
-    _settle_classes(inner, notes, exchanged)
+    _settle(inner, notes, exchanged)
     inner.load_state_dict(state)
     return model
 
 
-def _settle_classes(
+def _settle(
     model: nn.Module, notes: Mapping[str, str], exchanged: tuple[int, int] | None = None
 ) -> None:
-    """Give a model the names in a header if it has none; warn if it keeps its heads or names."""
+    """Give a model what it lacks of a header's notes; warn if it keeps its heads or names.
+
+    An input of its own stays without a word: to train on at another size is usual.
+    """
     theirs = _classes_from(notes, exchanged[0] if exchanged else model.config.num_classes)
-    own = _own_classes(model)
+    own, ready = _own_classes(model), _input_from(notes, model.config.in_chans)
+    if own_input(model) is None:
+        model.input = ready
     if exchanged:
         words = "the weights are for {} classes and the model for {}, so it keeps its own heads"
         warnings.warn(words.format(*exchanged), stacklevel=3)
@@ -308,6 +314,21 @@ def _classes_from(notes: Mapping[str, str], count: int) -> tuple[str, ...] | Non
     return tuple(names)
 
 
+def _input_from(notes: Mapping[str, str], in_chans: int) -> InputConfig | None:
+    """Return how a header says that images are made ready; None if it does not."""
+    if "input" not in notes:
+        return None
+    try:
+        found = json.loads(notes["input"])
+        found = InputConfig(**found) if isinstance(found, dict) else found
+        wrong = misfit_of_input(found, in_chans)
+    except (TypeError, ValueError, RecursionError) as error:
+        wrong = f"no InputConfig ({_words(error)})"
+    if wrong:
+        raise WeightsError(f'"input" in the header holds {wrong}; save the weights again.')
+    return found
+
+
 def export_weights(model: nn.Module, naming: str = "official") -> dict[str, Tensor]:
     """Return the state dict under the names "ours", "official" or "mmpretrain".
 
@@ -319,7 +340,7 @@ def export_weights(model: nn.Module, naming: str = "official") -> dict[str, Tens
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a model's weights as safetensors; config, classes and checksum stand in the header.
+    """Write a model's weights as safetensors; its header has config, classes, input and checksum.
 
     Raises:
         WeightsError: The file cannot be written, or could not be loaded again; nothing is left.
@@ -327,19 +348,20 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     model = _unwrapped(model)
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     _require_savable(state, model.config)
-    notes = {"config": json.dumps(asdict(model.config))} | _class_notes(model)
+    notes = {"config": json.dumps(asdict(model.config))} | _notes_of(model)
     notes |= {"sha256": digest(state, *notes.values()), "package": provenance()}
     with written_whole(path) as temporary:
         save_file(state, temporary, notes)
 
 
-def _class_notes(model: nn.Module) -> dict[str, str]:
-    """Return what a header says of the classes: their names, or nothing if they have none."""
+def _notes_of(model: nn.Module) -> dict[str, str]:
+    """Return what a header says of classes and input; nothing of what the model does not know."""
     try:
-        classes = _own_classes(model)
+        classes, ready = _own_classes(model), own_input(model)
     except ValueError as error:
         raise WeightsError(str(error)) from None
-    return {} if classes is None else {"classes": json.dumps(classes)}
+    notes = {} if classes is None else {"classes": json.dumps(classes)}
+    return notes if ready is None else notes | {"input": json.dumps(asdict(ready))}
 
 
 def _require_savable(state: Mapping[str, Tensor], config: ConformerConfig) -> None:
@@ -392,7 +414,7 @@ def load_model(path: str | Path, ema: bool = False) -> Conformer:
     model = deepcopy(_empty(find_config(theirs, notes)))  # so the weights are in memory only once
     state = to_own_names(theirs, model)
     _require_fit(state, model, theirs)
-    _settle_classes(model, notes)
+    _settle(model, notes)
     model.load_state_dict(_unshared(state), assign=True)
     return model
 

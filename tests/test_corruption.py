@@ -6,6 +6,7 @@ gives exactly the weights that were saved: not every byte of a file matters.
 
 import argparse
 import io
+import json
 import os
 import pickle
 import random
@@ -20,6 +21,7 @@ from safetensors.torch import load, save
 from conformer_src.checks import golden
 from conformer_src.conformer import Conformer, ConformerConfig
 from conformer_src.files import WeightsError
+from conformer_src.inputs import InputConfig
 from conformer_src.weights import (
     export_weights,
     load_model,
@@ -39,6 +41,7 @@ REDUCED = ConformerConfig(
 )
 MODEL = golden.fill_(Conformer(REDUCED), official_name)
 MODEL.classes = NAMES = ("cat", "dog", "früh")
+MODEL.input = INPUT = InputConfig(48, (0.5, 0.25, 0.5), (0.25, 0.5, 0.25), crop=1.0, pad=1)
 STATE = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}
 SEEDS = range(20)
 
@@ -85,17 +88,17 @@ def outcome(path):
             load_weights(model, path)
         assert equal(model, STATE), "other weights were loaded"
         if path.suffix == ".safetensors":
-            assert model.classes == NAMES, "other names were loaded"
+            assert (model.classes, model.input) == (NAMES, INPUT), "other notes were loaded"
         outcomes.add("same")
     except WeightsError as error:
         assert equal(model, before), "a refused file changed the model"
-        assert model.classes is None, "a refused file named classes"
+        assert model.classes is model.input is None, "a refused file left notes"
         outcomes.add(verdict(error))
     try:
         model = load_model(path)
         assert equal(model, STATE), "another model was built"
         if path.suffix == ".safetensors":
-            assert (model.config, model.classes) == (REDUCED, NAMES)
+            assert (model.config, model.classes, model.input) == (REDUCED, NAMES, INPUT)
         outcomes.add("same")
     except WeightsError as error:
         if path.suffix == ".safetensors":  # torch files do not tell this model
@@ -261,6 +264,35 @@ def edited(files, path, edit):
 def test_other_names_of_classes(classes, files, tmp_path):
     def edit(notes):
         notes.pop("classes") if classes is None else notes.update(classes=classes)
+
+    assert outcome(edited(files, tmp_path / "a.safetensors", edit)) == "refused"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        None,
+        {"image_size": 40},
+        {"mean": [0.5, 0.5, 0.5]},
+        {"std": [0.25, 0.5, 0.2500001]},
+        {"crop": 0.875},
+        {"pad": 0},
+        {"pad": 24},
+        {"mean": [0.5], "std": [0.25]},
+        {"mean": []},
+        {"std": [1, 1, 0]},
+        {"std": [1, 1, float("nan")]},
+        {"crop": 0},
+        {"image_size": 10**400},
+        {"colour": "grey"},
+    ],
+    ids=lambda value: str(value)[:26],
+)
+def test_another_input(changes, files, tmp_path):
+    def edit(notes):
+        found = notes.pop("input")
+        if changes is not None:
+            notes["input"] = json.dumps(json.loads(found) | changes)
 
     assert outcome(edited(files, tmp_path / "a.safetensors", edit)) == "refused"
 

@@ -17,6 +17,7 @@ import conformer_src
 from conformer_src.checks import golden
 from conformer_src.conformer import VARIANTS, Conformer
 from conformer_src.files import WeightsError
+from conformer_src.inputs import InputConfig
 from conformer_src.weights import export_weights, load_model, official_name
 
 CONFIG = replace(VARIANTS["conformer_micro"], num_classes=7, pos_embed=4)
@@ -85,6 +86,26 @@ def test_names_that_are_none_are_refused(changes, model, folder):
     notes = {"classes": '["a", "b"]'}  # and no config: the folder has one
     save_file(model.state_dict(), folder / "model.safetensors", notes)
     words = '^"classes" in the header holds 2 names for 7 classes; save the weights again'
+    with pytest.raises(WeightsError, match=words):
+        Conformer.from_pretrained(folder, **changes)
+
+
+def test_the_input_comes_along_to_fresh_heads_as_well(model, tmp_path):
+    taught = Conformer(CONFIG)
+    taught.input = InputConfig(40, crop=0.9)
+    taught.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == asdict(CONFIG)
+    assert Conformer.from_pretrained(tmp_path).input == taught.input
+    with pytest.warns(UserWarning, match="it keeps its own heads"):
+        assert Conformer.from_pretrained(tmp_path, num_classes=3).input == taught.input
+    model.save_pretrained(tmp_path)
+    assert Conformer.from_pretrained(tmp_path).input is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 3}])
+def test_an_input_that_is_none_is_refused(changes, model, folder):
+    save_file(model.state_dict(), folder / "model.safetensors", {"input": '{"image_size": 0}'})
+    words = r'^"input" in the header holds no InputConfig \(image_size must be a whole number of at'
     with pytest.raises(WeightsError, match=words):
         Conformer.from_pretrained(folder, **changes)
 

@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import TINY, small_recipe
 from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
 from conformer_src import optimize_for_inference
 from conformer_src.checks import golden
 from conformer_src.conformer import VARIANTS, Conformer, ConformerConfig, DualLogits
-from conformer_src.data import IMAGENET_MEAN, IMAGENET_STD, fashion_transform, photo_transform
+from conformer_src.data import (
+    FASHION_CLASSES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    fashion_transform,
+    photo_transform,
+)
+from conformer_src.inputs import InputConfig, input_transform
 from conformer_src.predict import (
     class_names,
     default_transform,
@@ -23,7 +32,10 @@ from conformer_src.predict import (
     predict,
     rank,
 )
-from conformer_src.weights import official_name
+from conformer_src.recipes import Recipe
+from conformer_src.runs import build_model, evaluate_file, start_run
+from conformer_src.sources import evaluation_images, input_config
+from conformer_src.weights import load_model, official_name, save_weights
 
 FIELDS = {"channel_ratio": 0.25, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 10}
 
@@ -105,14 +117,14 @@ class Calls(list):
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 256), (64, 100)])
-def test_the_default_transform_is_the_recipe(height, width):
+def test_the_default_transform_is_the_recipe(height, width, model):
     image = picture(height, width)
     scale = 256 / min(height, width)
     resized = image.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
     left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
     pixels = np.asarray(resized.crop((left, top, left + 224, top + 224)), dtype=np.float64) / 255
     expected = torch.tensor((pixels - IMAGENET_MEAN) / IMAGENET_STD).permute(2, 0, 1).float()
-    result = default_transform(VARIANTS["conformer_tiny_patch16"])(image)
+    result = default_transform(model)(image)
     assert result.shape == (3, 224, 224)
     assert result.dtype == torch.float32
     step = 1 / 255 / min(IMAGENET_STD)
@@ -569,21 +581,23 @@ def test_a_bar_shows_on_a_terminal_for_several_batches(model, monkeypatch, capsy
 # --- models -------------------------------------------------------------------------------------
 
 
-def test_the_small_stem_sees_32_pixels():
+def test_the_small_stem_sees_32_pixels_without_a_margin():
     micro = Conformer(VARIANTS["conformer_micro"]).eval()
-    image = picture(300, 400)
-    assert default_transform(micro.config)(image).shape == (3, 32, 32)
+    pixels = picture(32, 32, seed=3)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = (TF.pil_to_tensor(pixels) / 255 - mean) / std  # each pixel stays
+    torch.testing.assert_close(default_transform(micro)(pixels), expected)
+    assert default_transform(micro)(picture(300, 400)).shape == (3, 32, 32)
     with torch.no_grad():
-        logits = micro(photo_transform(train=False, size=32)(image).unsqueeze(0))
-    best = logits.sum().softmax(1).max().item()
-    assert predict(micro, image)[0].probabilities[0] == pytest.approx(best)
+        best = micro(expected.unsqueeze(0)).sum().softmax(1).max().item()
+    assert predict(micro, pixels)[0].probabilities[0] == pytest.approx(best)
 
 
 def test_grey_models_ask_for_a_transform_and_get_grey_images(tmp_path):
     config = ConformerConfig(**{**vars(VARIANTS["conformer_micro"]), "in_chans": 1})
     micro = golden.fill_(Conformer(config), official_name)
     grey = GREY[:28, :28]
-    with pytest.raises(ValueError, match=r"^a model of 1 channels has no usual transform; give"):
+    with pytest.raises(ValueError, match=r"^a model of 1 channels has no usual transform; set"):
         predict(micro, grey)
     path = saved(tmp_path, Image.fromarray(grey))
     colour = np.dstack([grey] * 3)
@@ -591,6 +605,101 @@ def test_grey_models_ask_for_a_transform_and_get_grey_images(tmp_path):
     found = predict(micro, kinds, transform=fashion_transform(train=False))
     for one in found[1:]:
         same(one, found[0], 1e-5)
+
+
+def logits_of(model, tensors):
+    with torch.no_grad():
+        return model(torch.stack(tensors)).sum().softmax(1)
+
+
+def test_the_model_says_how_its_images_are_made_ready(tmp_path):
+    """First the transform that is given, then the model's own input, then what is usual."""
+    model, images = build(pad=True), [picture(90, 70, seed) for seed in range(3)]
+    model.input = InputConfig(64, (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), crop=0.8, pad=3)
+    own = input_transform(model.input)
+    for transform, given in ((own, None), (photo_transform(False, 96), photo_transform(False, 96))):
+        expected = logits_of(model, [transform(image) for image in images])
+        found = predict(model, images, topk=10, transform=given, batch_size=2)
+        for row, one in zip(expected, found, strict=True):
+            assert one.probabilities == pytest.approx(row[list(one.indices)].tolist(), abs=1e-6)
+    features = extract_features(model, images, 1)
+    assert features.tokens.shape[1] == 1 + (64 // 16) ** 2
+    path = saved(tmp_path, images[0])
+    same(predict(model, path)[0], predict(model, images[0])[0])
+    model.input = None
+    assert extract_features(model, images, 1).tokens.shape[1] == 1 + (224 // 16) ** 2
+
+
+def test_a_grey_model_with_an_input_needs_no_transform():
+    grey = build(in_chans=1)
+    grey.input = InputConfig(64, (0.5,), (0.25,), crop=1.0)
+    image = picture(64, 64)
+    expected = (TF.pil_to_tensor(image.convert("L")) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(default_transform(grey)(image.convert("L")), expected)
+    best = logits_of(grey, [expected]).max().item()
+    assert predict(grey, image)[0].probabilities[0] == pytest.approx(best)
+
+
+def test_an_input_that_does_not_fit_is_refused(model):
+    wrong = build()
+    for found, words in (
+        (InputConfig(32, (0.5,), (1,)), "mean and std for 1 channels"),
+        (64, "int"),
+    ):
+        wrong.input = found
+        for use in (predict, extract_features):
+            with pytest.raises(ValueError, match=f"^model.input holds {words}"):
+                use(wrong, picture())
+    same(
+        predict(wrong, picture(), transform=photo_transform(False))[0],
+        predict(model, picture())[0],
+    )
+
+
+def agree(model, images, found):
+    """Say whether predictions are what the model makes of a data set's (tensor, label)."""
+    expected = logits_of(model, [tensor for tensor, _ in images])
+    for row, one in zip(expected, found, strict=True):
+        assert one.probabilities == pytest.approx(row[list(one.indices)].tolist(), abs=1e-6)
+        assert row[one.indices[0]] == row.max()
+
+
+def test_a_trained_model_predicts_files_as_it_was_evaluated(tmp_path):
+    sides = [(48, 48), (60, 48), (90, 130), (31, 40)]
+    for label, name in enumerate("abc"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(12):
+            noise = np.random.default_rng(number).integers(0, 256, (*sides[number % 4], 3))
+            noise[..., label] //= 4
+            image = Image.fromarray(noise.astype(np.uint8))
+            image.save(tmp_path / "images" / name / f"{number:02}.{('png', 'jpg')[number % 2]}")
+    recipe = small_recipe(tmp_path / "images", image_size=48, lr=0.01)
+    start_run(recipe, tmp_path / "run", lambda line: None)
+    model = load_model(tmp_path / "run/best.safetensors").eval()
+    assert model.input == input_config(recipe) == InputConfig(48, crop=1.0)
+    images = evaluation_images(recipe, model.classes)
+    paths = [path for path, _ in images.samples]
+    found = predict(model, paths, topk=3)
+    agree(model, images, found)
+    right = [
+        images.classes[label] == one.labels[0]
+        for one, (_, label) in zip(found, images, strict=True)
+    ]
+    scores = evaluate_file(tmp_path / "run", data=str(tmp_path / "images"))
+    assert scores["sum"] == pytest.approx(100 * sum(right) / len(right))
+    assert sum(right) > 0
+
+
+def test_files_of_fashion_mnist_are_predicted_as_they_were_evaluated(tmp_path):
+    recipe = Recipe(data="fashion-subset", model_options=TINY)
+    trained = build_model(recipe, FASHION_CLASSES)
+    save_weights(golden.fill_(trained, official_name), tmp_path / "a.safetensors")
+    model = load_model(tmp_path / "a.safetensors").eval()
+    images = evaluation_images(recipe, model.classes)
+    some = [images[place] for place in range(40)]
+    for place in range(40):
+        TF.to_pil_image(images.images[place]).save(tmp_path / f"{place:02}.png")
+    agree(model, some, predict(model, tmp_path, topk=10))
 
 
 def test_models_of_other_channels_take_tensors_as_they_are():

@@ -24,6 +24,7 @@ from conformer_src.checks import golden
 from conformer_src.conformer import VARIANTS, Conformer, ConformerConfig
 from conformer_src.cost import fold_norms, optimize_for_inference
 from conformer_src.files import WeightsError, digest, read_file
+from conformer_src.inputs import InputConfig
 from conformer_src.weights import (
     HEADS,
     export_weights,
@@ -855,6 +856,145 @@ def test_names_reach_the_model_inside_and_come_from_it(wrap, tmp_path):
     model = Conformer(TOY)
     load_weights(wrap(model), tmp_path / "a.safetensors")
     assert model.classes == NAMES
+
+
+# How images are made ready
+
+INPUT = InputConfig(48, (0.1, 0.2, 0.3), (0.4, 0.5, 1 / 3), crop=0.9, pad=3)
+
+
+def prepared(config=TOY, ready=INPUT):
+    model = filled(config)
+    model.input = ready
+    return model
+
+
+def test_the_input_travels_with_the_weights(tmp_path, recwarn):
+    save_weights(prepared(), tmp_path / "a.safetensors")
+    assert InputConfig(**json.loads(notes_of(tmp_path / "a.safetensors")["input"])) == INPUT
+    for model in (
+        load_model(tmp_path / "a.safetensors"),
+        load_weights(Conformer(TOY), tmp_path / "a.safetensors"),
+    ):
+        assert model.input == INPUT
+        assert model.classes is None
+    assert not recwarn.list
+
+
+def test_without_an_input_there_is_none(tmp_path):
+    save_weights(named(), tmp_path / "a.safetensors")
+    assert notes_of(tmp_path / "a.safetensors").keys() == {"config", "classes", "sha256", "package"}
+    assert load_model(tmp_path / "a.safetensors").input is None
+    assert load_weights(Conformer(TOY), tmp_path / "a.safetensors").input is None
+    assert prepared().input == INPUT
+    assert Conformer.input is None  # only that model has one
+
+
+def test_files_without_an_input_keep_their_checksum(tmp_path):
+    for model in (filled(), named()):
+        save_weights(model, tmp_path / "a.safetensors")
+        notes = notes_of(tmp_path / "a.safetensors")
+        texts = [notes[key] for key in ("config", "classes") if key in notes]
+        assert notes["sha256"] == digest(clones(model), *texts)
+
+
+def test_the_checksum_covers_the_input(tmp_path):
+    model = prepared()
+    model.classes = NAMES
+    save_weights(model, tmp_path / "a.safetensors")
+    notes = notes_of(tmp_path / "a.safetensors")
+    other = json.dumps(asdict(replace(INPUT, image_size=64)))
+    for spoilt in (notes | {"input": other}, {k: notes[k] for k in notes if k != "input"}):
+        save_file(clones(filled()), tmp_path / "b.safetensors", spoilt)
+        with pytest.raises(WeightsError, match="its values are not those that were saved"):
+            load_model(tmp_path / "b.safetensors")
+    save_file(clones(filled()), tmp_path / "b.safetensors", notes)
+    found = load_model(tmp_path / "b.safetensors")
+    assert (found.classes, found.input) == (NAMES, INPUT)
+
+
+def test_an_input_of_its_own_stays_without_a_word(tmp_path, recwarn):
+    save_weights(prepared(), tmp_path / "a.safetensors")
+    model = prepared(ready=InputConfig(96))
+    assert load_weights(model, tmp_path / "a.safetensors").input == InputConfig(96)
+    assert load_weights(prepared(), official(filled())).input == INPUT
+    assert not recwarn.list
+
+
+def test_fresh_heads_see_what_the_backbone_saw(tmp_path):
+    save_weights(prepared(), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="it keeps its own heads"):
+        found = load_weights(Conformer(changed(num_classes=2)), tmp_path / "a.safetensors")
+    assert found.input == INPUT
+
+
+@pytest.mark.parametrize(
+    ("ready", "words"),
+    [
+        (
+            '{"image_size": 0}',
+            r"no InputConfig \(image_size must be a whole number of at least 1, n",
+        ),
+        ('{"mean": [1, 2]}', r"no InputConfig \(mean and std must be equally long"),
+        ('{"std": [1, 1, NaN]}', r"no InputConfig \(std must hold"),
+        ('{"colour": 1}', r"no InputConfig \(.*unexpected keyword argument 'colour'"),
+        ('{"mean": [0.5], "std": [1]}', "mean and std for 1 channels, but the model takes 3"),
+        ("[]", "list, not an InputConfig"),
+        ("32", "int, not an InputConfig"),
+        ("null", "NoneType, not an InputConfig"),
+        ("", r"no InputConfig \("),
+        ("{" * 3, r"no InputConfig \("),
+        ("[" * 100_000, r"no InputConfig \("),
+        ('{"pad": %s}' % ("9" * 5000), r"no InputConfig \("),
+    ],
+    ids=lambda value: value[:20],
+)
+@pytest.mark.parametrize("by", ["us", "others"])
+def test_what_is_no_input_in_a_header_is_refused(by, ready, words, tmp_path):
+    state, config = clones(filled()), json.dumps(asdict(TOY))
+    notes = {"config": config, "input": ready}
+    if by == "us":
+        notes["sha256"] = digest(state, config, ready)
+    save_file(state, tmp_path / "a.safetensors", notes)
+    model = Conformer(TOY)
+    before = clones(model)
+    for load in (load_model, lambda path: load_weights(model, path)):
+        with pytest.raises(WeightsError, match=f'^"input" in the header holds {words}') as error:
+            load(tmp_path / "a.safetensors")
+        assert str(error.value).endswith("; save the weights again.")
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 300
+    same(model, before)
+    assert model.input is None
+
+
+@pytest.mark.parametrize(
+    ("ready", "words"),
+    [
+        (48, "int, not an InputConfig"),
+        (asdict(INPUT), "dict, not an InputConfig"),
+        (InputConfig(32, (0.5,), (1,)), "mean and std for 1 channels, but the model takes 3"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_an_input_that_could_not_be_loaded_is_not_saved(ready, words, tmp_path):
+    sentence = f"^model.input holds {words}; set an InputConfig that fits, or None.$"
+    with pytest.raises(WeightsError, match=sentence):
+        save_weights(prepared(ready=ready), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    fresh = Conformer(TOY)
+    fresh.input, before = ready, clones(fresh)
+    with pytest.raises(ValueError, match=sentence):
+        load_weights(fresh, clones(filled()))
+    same(fresh, before)
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, copy.deepcopy])
+def test_the_input_is_kept_by_copies_and_other_forms(wrap, tmp_path):
+    save_weights(wrap(prepared()), tmp_path / "a.safetensors")
+    assert load_model(tmp_path / "a.safetensors").input == INPUT
+    fast = optimize_for_inference(prepared(), compile=False)
+    assert fast.input == INPUT
 
 
 # Saving

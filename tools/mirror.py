@@ -39,6 +39,7 @@ FREE = {
     "cost",
     "files",
     "hub",
+    "inputs",
     "predict",
     "recipes",
     "runs",
