@@ -363,7 +363,8 @@ def share_streams(
     """Yield the keys of this process's parts of all batches from step `start` to the run's end.
 
     Part after part comes from one stream after the other, and torch's loader hands part after part
-    to one worker after the other: so a worker reads one stream.
+    to one worker after the other: so a worker reads one stream. With other numbers of processes or
+    workers a run goes on at the same step, but in that epoch some images come twice, others wait.
     """
     workers, processes = max(1, recipe.workers), accelerator.num_processes
     size = _part_size(recipe, processes)
@@ -421,12 +422,7 @@ class _SeededShards(SeededSamples):
 
 
 class ShardedImages(_Shards):
-    """Images in shards, which `fit` and `evaluate` read one shard after the other.
-
-    A stopped run goes on with the same batches if processes and workers are as many as before.
-    Otherwise the step is the same, but the shards are dealt anew: in this one epoch some images
-    come twice and others wait.
-    """
+    """Images in shards, which `fit` and `evaluate` read one shard after the other."""
 
     def load_batches(
         self, recipe: Recipe, start: int, accelerator: Accelerator
