@@ -384,7 +384,7 @@ class Scores(NamedTuple):
 
 def count_right(logits: DualLogits, labels: Tensor) -> list[float]:
     """Return what a batch adds to the scores: images, loss, right by conv, by trans and by sum."""
-    exact = DualLogits(*(None if own is None else own.double() for own in logits))
+    exact = DualLogits(*(None if own is None else own.cpu().double() for own in logits))
     loss = TwoHeadLoss()(exact, labels).item() * len(labels)
     right = [
         math.nan if own is None else (own.argmax(1) == labels).sum().item()
@@ -410,10 +410,10 @@ def evaluate(
     with _evaluating(model) as like, accelerator.autocast():
         bar = tqdm(loader, "evaluating", leave=False, disable=None if numbers[0] == 0 else True)
         for number, (images, labels, _) in zip(numbers, bar, strict=True):
-            logits = model(images.to(like.device))
-            rows[number] = count_right(logits, labels.to(like.device))
+            rows[number] = count_right(model(images.to(like.device)), labels)
     rows = dict(gather_object(list(rows.items())))
-    count, loss, *right = torch.tensor([rows[n] for n in sorted(rows)]).double().sum(0).tolist()
+    total = torch.tensor([rows[n] for n in sorted(rows)], dtype=torch.float64).sum(0)
+    count, loss, *right = total.tolist()
     return Scores(int(count), loss / count, *(None if r != r else 100 * r / count for r in right))
 
 
