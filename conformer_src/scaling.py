@@ -344,15 +344,13 @@ def stream_keys(
     """
     for lap in count():
         for shard in own:
-            size = sizes[shard] * recipe.repeats
-            if skip >= size:
-                skip -= size
+            if skip >= sizes[shard]:
+                skip -= sizes[shard]
                 continue
             draw = Random(f"{recipe.seed} {epoch} {lap} {shard}")
             places = list(range(sizes[shard]))
             draw.shuffle(places)
-            repeated = [place for place in places for _ in range(recipe.repeats)]
-            keys = [((shard, place), draw.getrandbits(31)) for place in repeated]
+            keys = [((shard, place), draw.getrandbits(31)) for place in places]
             yield from keys[skip:]
             skip = 0
 
