@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from conformer_src.data import _to_rgb, image_folder
 from conformer_src.files import sha256_of, written_whole
