@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -414,7 +414,7 @@ def _run(
     if saved:
         _require_same_data(saved, data, recipe)
     if recipe.sync_norm:
-        model = synchronize_norms(model)
+        model = synchronize_norms(model.to(accelerator.device))
     if recipe.fsdp:
         model = shard_parameters(model.to(accelerator.device))
     steps = steps_per_epoch(len(data.train), recipe)
@@ -461,7 +461,8 @@ def evaluate_file(
     """Score a file of weights, or the best of a run's folder, on images of known classes.
 
     Without `data=...` these are the images that the run reports by: its test images, or those that
-    it held out if there are none. With it, all images of that folder, or those in its `test/`.
+    it held out if there are none. With it, all images of that folder, or those in its `test/`, made
+    ready as those that the model was trained on.
 
     Args:
         weights: a file, or the folder of a run.
@@ -487,7 +488,8 @@ def evaluate_file(
 def _images_to_score(recipe: Recipe, model: Conformer, others: bool) -> Any:
     """Return the images to score a model by; refuse those of other classes."""
     if others:
-        images = evaluation_images(recipe, model.classes)
+        ready = model.input and replace(model.input, image_size=recipe.image_size)
+        images = evaluation_images(recipe, model.classes, ready)
         classes = images.classes
     else:
         data = open_data(recipe)

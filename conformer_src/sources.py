@@ -81,7 +81,9 @@ def open_data(recipe: Recipe) -> Data:
     return Data(_augmented(train, recipe), val, test, classes)
 
 
-def evaluation_images(recipe: Recipe, classes: Sequence[str] | None = None) -> Dataset:
+def evaluation_images(
+    recipe: Recipe, classes: Sequence[str] | None = None, ready: InputConfig | None = None
+) -> Dataset:
     """Return the images of a recipe to score a model by, labelled in the order of its classes.
 
     These are the test images of Fashion-MNIST, or of a folder those in `test/`, else in `val/`,
@@ -90,13 +92,14 @@ def evaluation_images(recipe: Recipe, classes: Sequence[str] | None = None) -> D
     Args:
         recipe: names the images, their size and channels.
         classes: the names of the model's classes; by default the sub-folders, sorted.
+        ready: how the model wants its images; by default as the recipe does.
 
     Raises:
         FileNotFoundError: There is no such folder, or it has another structure.
         ValueError: A sub-folder is no class of the model, or the folder holds `train/` only.
     """
     if recipe.data in _FASHION:
-        images = _open_fashion(recipe, train=False)
+        images = _open_fashion(recipe, train=False, ready=ready)
         if classes is not None and tuple(classes) != tuple(images.classes):
             raise ValueError(
                 f"the model knows other classes than {recipe.data}: {_listed(classes)}; give the "
@@ -110,7 +113,7 @@ def evaluation_images(recipe: Recipe, classes: Sequence[str] | None = None) -> D
             f"{root} holds train/ only; give a folder with test/ or val/, or one with a sub-folder "
             f"for each class, such as {parts['train']}."
         )
-    return _open_part(parts.get("test", parts.get("val", root)), recipe, classes)
+    return _open_part(parts.get("test", parts.get("val", root)), recipe, classes, ready)
 
 
 def input_config(recipe: Recipe) -> InputConfig:
@@ -166,13 +169,13 @@ def _colours(recipe: Recipe) -> tuple[Sequence[float], Sequence[float]]:
     return IMAGENET_MEAN, IMAGENET_STD
 
 
-def _open_fashion(recipe: Recipe, train: bool) -> Dataset:
+def _open_fashion(recipe: Recipe, train: bool, ready: InputConfig | None = None) -> Dataset:
     if (recipe.in_chans, recipe.image_size) != (1, 32):
         raise ValueError(
             f"{recipe.data} is grey and padded to 32 pixels, so in_chans must be 1 and image_size "
             f"32, not {recipe.in_chans} and {recipe.image_size}."
         )
-    return _FASHION[recipe.data](train, transform=image_transform(recipe, train=False))
+    return _FASHION[recipe.data](train, transform=input_transform(ready or input_config(recipe)))
 
 
 def _require_folder(recipe: Recipe) -> Path:
@@ -220,9 +223,14 @@ def _visible_folders(root: Path) -> dict[str, Path]:
     return {path.name: path for path in paths if not path.name.startswith(".")}
 
 
-def _open_part(folder: Path, recipe: Recipe, classes: Sequence[str] | None = None) -> Dataset:
+def _open_part(
+    folder: Path,
+    recipe: Recipe,
+    classes: Sequence[str] | None = None,
+    ready: InputConfig | None = None,
+) -> Dataset:
     """Open a folder of images or of shards for evaluation, labelled in the order of `classes`."""
-    transform = image_transform(recipe, train=False)
+    transform = input_transform(ready or input_config(recipe))
     if (folder / _SHARDS).is_file():
         from conformer_src.scaling import open_shards
 

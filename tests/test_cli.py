@@ -364,10 +364,10 @@ def test_names_of_classes_are_kept_in_our_files_and_left_out_of_others(run, tmp_
         assert (status, err) == (0, "")
         assert out.splitlines()[1] == "left out: classes"
     changed = build()
-    changed.classes = tuple("abcdefghij")
+    changed.classes, changed.input = tuple("abcdefghij"), cs.inputs.InputConfig(64)
     cs.save_weights(changed, tmp_path / "c.safetensors")
     words = ["convert", tmp_path / "c.safetensors", tmp_path / "c.pth", "--to", "official"]
-    assert run(*words)[1].splitlines()[1] == "left out: config, classes"
+    assert run(*words)[1].splitlines()[1] == "left out: config, classes, input"
 
 
 def test_what_a_run_did_not_keep_is_not_left_out(run, tmp_path, micro):

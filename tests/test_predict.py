@@ -32,9 +32,10 @@ from conformer_src.predict import (
     predict,
     rank,
 )
-from conformer_src.recipes import Recipe
+from conformer_src.recipes import Recipe, write_recipe
 from conformer_src.runs import build_model, evaluate_file, start_run
 from conformer_src.sources import evaluation_images, input_config
+from conformer_src.training import TwoHeadLoss
 from conformer_src.weights import load_model, official_name, save_weights
 
 FIELDS = {"channel_ratio": 0.25, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 10}
@@ -691,15 +692,32 @@ def test_a_trained_model_predicts_files_as_it_was_evaluated(tmp_path):
 
 
 def test_files_of_fashion_mnist_are_predicted_as_they_were_evaluated(tmp_path):
+    """By their data set, and by a folder of them, whose recipe knows nothing of Fashion-MNIST."""
     recipe = Recipe(data="fashion-subset", model_options=TINY)
-    trained = build_model(recipe, FASHION_CLASSES)
-    save_weights(golden.fill_(trained, official_name), tmp_path / "a.safetensors")
+    names = [name.replace("/", " ") for name in FASHION_CLASSES]
+    trained = golden.fill_(build_model(recipe, names), official_name)
+    save_weights(trained, tmp_path / "a.safetensors")
+    write_recipe(recipe, tmp_path / "recipe.toml")
     model = load_model(tmp_path / "a.safetensors").eval()
-    images = evaluation_images(recipe, model.classes)
+    images = evaluation_images(recipe)
+    for place, label in enumerate(images.labels[:40]):
+        folder = tmp_path / "images" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        TF.to_pil_image(images.images[place]).save(folder / f"{place:02}.png")
+    paths = sorted((tmp_path / "images").rglob("*.png"), key=lambda path: path.name)
     some = [images[place] for place in range(40)]
-    for place in range(40):
-        TF.to_pil_image(images.images[place]).save(tmp_path / f"{place:02}.png")
-    agree(model, some, predict(model, tmp_path, topk=10))
+    agree(model, some, predict(model, paths, topk=10))
+    tensors, labels = zip(*some, strict=True)
+    with torch.no_grad():
+        loss = TwoHeadLoss()(model(torch.stack(tensors)), torch.tensor(labels)).item()
+
+    def scored():
+        return evaluate_file(tmp_path / "a.safetensors", data=str(tmp_path / "images"))["loss"]
+
+    assert scored() == pytest.approx(loss, rel=1e-5)
+    trained.input = None
+    save_weights(trained, tmp_path / "a.safetensors")
+    assert scored() != pytest.approx(loss, rel=1e-3)
 
 
 def test_models_of_other_channels_take_tensors_as_they_are():
