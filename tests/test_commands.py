@@ -163,7 +163,8 @@ def test_evaluate_gives_the_scores_of_the_run(run, finished, images):
     assert found["images"] == 9  # what was held out
     result = json.loads((finished / "result.json").read_text())
     last = evaluate_file(finished / "last.safetensors")
-    assert (last["sum"], last["loss"]) == (result["ema_sum"], result["ema_loss"])
+    assert last["sum"] == result["ema_sum"]
+    assert last["loss"] == pytest.approx(result["ema_loss"], rel=1e-6)  # another memory format
     status, text, _ = run("evaluate", finished)
     assert f"{found['sum']:6.2f} %" in text
     assert json.loads(run("evaluate", finished, "--json")[1]) == found  # to the last digit

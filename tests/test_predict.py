@@ -3,6 +3,7 @@
 import io
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -689,6 +690,19 @@ def test_a_trained_model_predicts_files_as_it_was_evaluated(tmp_path):
     scores = evaluate_file(tmp_path / "run", data=str(tmp_path / "images"))
     assert scores["sum"] == pytest.approx(100 * sum(right) / len(right))
     assert sum(right) > 0
+
+
+def test_a_run_from_other_weights_has_its_own_names_and_input(tmp_path):
+    recipe = small_recipe(tmp_path, image_size=48)
+    before = build_model(recipe, ("a", "b", "c"))
+    before.input = InputConfig(64)
+    save_weights(before, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="^the weights call 'b' what the model calls 'x'"):
+        model = build_model(
+            replace(recipe, weights=str(tmp_path / "a.safetensors")), ("a", "x", "c")
+        )
+    assert (model.classes, model.input) == (("a", "x", "c"), InputConfig(48, crop=1.0))
+    assert torch.equal(model.entry.stem.conv1.weight, before.entry.stem.conv1.weight)
 
 
 def test_files_of_fashion_mnist_are_predicted_as_they_were_evaluated(tmp_path):
