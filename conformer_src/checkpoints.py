@@ -33,9 +33,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def collect(trainer: Trainer) -> dict[str, Any]:
     """Return all that a run changes; each process must call this, the first gets it all."""
-    model, optimizer = get_state_dict(
-        trainer.network, trainer.optimizer.optimizer, options=_WHOLE
-    )
+    model, optimizer = get_state_dict(trainer.network, trainer.optimizer.optimizer, options=_WHOLE)
     average = trainer.average and {n: whole(t) for n, t in trainer.average.state.items()}
     scaler = trainer.accelerator.scaler
     return {
