@@ -71,6 +71,11 @@ def open_data(recipe: Recipe) -> Data:
     )
     if isinstance(train, ImageFolder):
         _warn_of_imbalance(train)
+    elif recipe.repeats > 1:
+        raise ValueError(
+            f"repeats must be 1 with shards, not {recipe.repeats}: they are read in a row, so no "
+            "image can come several times in a batch."
+        )
     elif val is None:
         raise ValueError(
             f"{parts.get('train', root)} holds shards, of which no images can be held out; put "

@@ -435,6 +435,13 @@ def test_shards_need_images_for_validation(tmp_path):
         open_data(own(tmp_path / "own"))
 
 
+def test_shards_have_no_repeated_draws(tmp_path):
+    for part in ("train", "val"):
+        shards(tmp_path / part, cats=2, dogs=2)
+    with pytest.raises(ValueError, match="repeats must be 1 with shards, not 3"):
+        open_data(own(tmp_path, repeats=3))
+
+
 def test_shards_of_one_class(tmp_path):
     shards(tmp_path / "train", cats=2)
     shards(tmp_path / "val", cats=1)
