@@ -67,9 +67,11 @@ def check_statistics(answer: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Te
             require_shape(value, (4,), name)
         everything, weights = torch.cat(values), (counts / counts.sum())[:, None]
         mean = everything.mean(0)
-        plain = {"that is the mean of the means: a part with more values counts for more": (
-            means.mean(0)
-        )}
+        plain = {
+            "that is the mean of the means: a part with more values counts for more": (
+                means.mean(0)
+            )
+        }
         _require_value(given[0], mean, plain, "the mean")
         within, between = (weights * variances).sum(0), (weights * (means - mean) ** 2).sum(0)
         mistakes = {
@@ -129,36 +131,3 @@ def check_share(answer: Callable[[list[int], int, int], list[int]]) -> str:
                 f"process 0 got {len(share)}",
             )
     return "every p-th key, equal shares, and a refusal where that cannot be"
-
-
-@exercise
-def check_hours(answer: Callable[[float, float, int, int, int], float]) -> str:
-    """Check the hours of a run."""
-    macs, rate, gpus, images, epochs = 10e9, 7e12, 8, 1_281_167, 300
-    given = answer(macs, rate, gpus, images, epochs)
-    require(isinstance(given, int | float), "return a number")
-    right = images * epochs * 6 * macs / (gpus * rate) / 3600
-    slips = {
-        "two operations a multiply-accumulate are forgotten": 1 / 2,
-        "the way back is forgotten: it costs twice the way forth": 1 / 3,
-        "the way back costs twice the way forth: three in all, not two": 2 / 3,
-        "both factors are forgotten: two operations a multiply-accumulate, and the way back": 1 / 6,
-        "the epochs are forgotten": 1 / epochs,
-        "all GPUs work at once: divide by their number": gpus,
-        "more GPUs take less time: divide by their number": gpus**2,
-        "these are seconds": 3600,
-        "these are minutes": 60,
-        "these are days": 1 / 24,
-        "the rate is turned round: divide by it": rate**2,
-    }
-    factor = given / right
-    found = [words for words, slip in slips.items() if abs(factor / slip - 1) < 1e-6]
-    require(not found, found[0] if found else "")
-    require(abs(factor - 1) < 1e-6, f"{given:.4g} hours; expected {right:.4g}")
-    for other in ((1e9, 1e12, 1, 1000, 1), (5e9, 3e12, 16, 50_000, 90)):
-        expected = other[3] * other[4] * 6 * other[0] / (other[2] * other[1]) / 3600
-        require(
-            abs(answer(*other) / expected - 1) < 1e-6,
-            "right for ImageNet on eight GPUs only; use the arguments",
-        )
-    return "operations, divided by all that is done in an hour"

@@ -30,13 +30,6 @@ def my_share(keys, process, processes):
 """
 
 
-def _hours(result):
-    return f"""
-def my_hours(macs, rate, gpus, images, epochs):
-    return {result}
-"""
-
-
 WRONG = {
     "check_gradient": [
         (_gradient("sum(gradients)"), "that is the sum of the gradients"),
@@ -90,20 +83,5 @@ WRONG = {
         (_share("keys[processes - 1 - process :: processes]"), "begins with key r"),
         (_share("keys if process == 0 else []"), "not equal"),
         (_share("tuple(keys[process::processes])"), "return a list"),
-    ],
-    "check_hours": [
-        (_hours("images * epochs * 3 * macs / (gpus * rate) / 3600"), "two operations"),
-        (_hours("images * epochs * 2 * macs / (gpus * rate) / 3600"), "the way back is forgotten"),
-        (_hours("images * epochs * 4 * macs / (gpus * rate) / 3600"), "three in all"),
-        (_hours("images * epochs * macs / (gpus * rate) / 3600"), "both factors are forgotten"),
-        (_hours("images * 6 * macs / (gpus * rate) / 3600"), "the epochs are forgotten"),
-        (_hours("images * epochs * 6 * macs / rate / 3600"), "all GPUs work at once"),
-        (_hours("images * epochs * 6 * macs * gpus / rate / 3600"), "more GPUs take less time"),
-        (_hours("images * epochs * 6 * macs / (gpus * rate)"), "these are seconds"),
-        (_hours("images * epochs * 6 * macs / (gpus * rate) / 60"), "these are minutes"),
-        (_hours("images * epochs * 6 * macs / (gpus * rate) / 86400"), "these are days"),
-        (_hours("images * epochs * 6 * macs / gpus * rate / 3600"), "turned round"),
-        (_hours("1_281_167 * 300 * 6 * macs / (8 * rate) / 3600"), "use the arguments"),
-        (_hours("images * epochs * 5 * macs / (gpus * rate) / 3600"), "expected"),
     ],
 }
