@@ -315,8 +315,10 @@ def _drop_unreadable(dataset: _Pictures) -> None:
     dataset.keep(good)
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FASHION_MEAN, FASHION_STD = (0.286,), (0.353,)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FASHION_MEAN = (0.286,)
+FASHION_STD = (0.353,)
 
 
 def photo_transform(train: bool, size: int = 224) -> v2.Compose:
