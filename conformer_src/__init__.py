@@ -33,6 +33,7 @@ from conformer_src.coupled_block import ConvTransBlock, Features, MedConvBlock
 from conformer_src.data import FashionSubset, fashion_mnist, image_folder, local_global, photograph
 from conformer_src.fcu import FCUDown, FCUUp
 from conformer_src.files import WeightsError
+from conformer_src.inputs import InputConfig
 from conformer_src.predict import extract_features, predict
 from conformer_src.weights import (
     create_model,
@@ -54,6 +55,7 @@ __all__ = [
     "FCUUp",
     "FashionSubset",
     "Features",
+    "InputConfig",
     "MedConvBlock",
     "Mlp",
     "ModelCard",
