@@ -34,7 +34,7 @@ STEM_STRIDES = {"standard": 4, "small": 2}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < math.inf
 
 
 # Names of fields, what their values must satisfy, and the same in words.

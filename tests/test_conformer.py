@@ -797,6 +797,7 @@ def test_only_positions_tell_the_transformer_where_a_patch_was(side):
         ({"channel_ratio": 0}, "^channel_ratio must be a number above 0, not 0"),
         ({"channel_ratio": True}, "^channel_ratio must be a number above 0, not True"),
         ({"channel_ratio": math.nan}, "^channel_ratio must be a number above 0, not nan"),
+        ({"drop_rate": 10**400}, "^drop_rate must be a number of at least 0 and below 1"),
         ({"channel_ratio": math.inf}, "^channel_ratio must be a number above 0, not inf"),
         ({"mlp_ratio": math.inf}, "^mlp_ratio must be a number above 0, not inf"),
         ({"mlp_ratio": -4}, "^mlp_ratio must be a number above 0, not -4"),
