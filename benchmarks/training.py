@@ -230,6 +230,11 @@ def loading_table(rows: list[dict], base: Recipe) -> str:
     return "\n".join(lines)
 
 
+def stored(path: Path) -> list[dict]:
+    """Return the rows that are there already."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def store(path: Path, rows: list[dict]) -> None:
     """Write all rows, in one step."""
     result = {
@@ -259,7 +264,7 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    rows = stored(arguments.json)
     base = load_recipe("fashion")
     runs = [
         (part, what, replace(base, seed=seed, **change))
@@ -273,7 +278,7 @@ def main() -> int:
         if row is None and not arguments.table:
             row = (waiting if kind == "loading" else measured)(recipe)
             row |= {"kind": kind, "date": date.today().isoformat(), "recipe": asdict(recipe)}
-            rows.append({**row, "threads": arguments.threads})
+            rows = [*stored(arguments.json), {**row, "threads": arguments.threads}]
             store(arguments.json, rows)
         if row is not None:
             show(part, what, row)
