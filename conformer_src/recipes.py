@@ -204,7 +204,7 @@ class Recipe(_Checked):
         1, "machine", "processes that read images, for each that trains", at_least=0
     )
     channels_last: bool = _about(True, "machine", "store maps with the channels last")
-    compile: bool = _about(False, "machine", "compile the model")
+    compile: bool = _about(False, "machine", "compile the model; the first step takes minutes")
     checkpointing: bool = _about(False, "machine", "compute features twice to save memory")
     sync_norm: bool = _about(False, "machine", "BatchNorm over all processes")
     fsdp: bool = _about(False, "machine", "share parameters out among processes (FSDP)")
