@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.against_mmpretrain import processor
 from conformer_src import create_model
 from conformer_src.recipes import Recipe, load_recipe
+from conformer_src.records import plot_history
 from conformer_src.sources import open_data
 from conformer_src.training import (
     build_trainer,
@@ -250,6 +251,19 @@ def store(path: Path, rows: list[dict]) -> None:
     scratch.replace(path)
 
 
+def draw(row: dict, path: Path) -> None:
+    """Draw the learning curves of a run."""
+    history = [
+        {
+            "epoch": number,
+            "train_loss": epoch["loss"],
+            **{f"val_{name}": value for name, value in epoch["val"].items()},
+        }
+        for number, epoch in enumerate(row["epochs"], 1)
+    ]
+    plot_history(history).savefig(path, dpi=110)
+
+
 PARTS = ("loading", "subset", "full", "compare", "heads", "longer", "varied")
 
 
@@ -261,6 +275,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     parser.add_argument("--json", type=Path, default=RESULT, help=f"the rows ({RESULT.name})")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
+    parser.add_argument("--curves", type=Path, help="draw the last run that is shown as PNG")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
@@ -282,6 +297,8 @@ def main() -> int:
             store(arguments.json, rows)
         if row is not None:
             show(part, what, row)
+            if arguments.curves and kind == "training":
+                draw(row, arguments.curves)
     parts = [part for part in arguments.part if part != "loading"]
     tables = [table(rows, base, parts, arguments.seeds)]
     if "loading" in arguments.part:
