@@ -19,3 +19,18 @@ import torch
 def _seed() -> None:
     """Start each test at the same point of the random stream, in whatever order they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys):
+    """Return a function that runs a command and gives its status, stdout and stderr."""
+    from conformer_src import cli  # few tests need it
+
+    def run(*words):
+        try:
+            status = cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run

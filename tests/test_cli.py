@@ -25,20 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def run(capsys):
-    """Return a function that runs a command and gives its status, stdout and stderr."""
-
-    def run(*words):
-        try:
-            status = cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def weights(tmp_path):
     path = tmp_path / "mine.safetensors"
     cs.save_weights(build(), path)

@@ -12,20 +12,6 @@ from conformer_src.recipes import Recipe, load_recipe, write_recipe
 from conformer_src.runs import evaluate_file
 
 
-@pytest.fixture
-def run(capsys):
-    """Return a function that runs a command and gives its status, stdout and stderr."""
-
-    def run(*words):
-        try:
-            status = cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return draw_images(tmp_path_factory.mktemp("images"))
