@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 
 from conformer_src.checkpoints import (
@@ -50,10 +49,10 @@ from conformer_src.records import (
 from conformer_src.scaling import shard_parameters, synchronize_norms
 from conformer_src.sources import Data, evaluation_images, input_config, open_data
 from conformer_src.training import (
-    PRECISIONS,
     NonFiniteError,
     Scores,
     Trainer,
+    _accelerator,
     build_trainer,
     evaluate,
     fit,
@@ -87,15 +86,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """Return what knows the devices and processes; `accelerate launch` and torchrun start them.
 
     Raises:
-        RunError: The device cannot compute in this precision, or Accelerate is configured for FSDP.
+        ValueError: The device cannot compute in this precision, or Accelerate is configured for
+            FSDP.
     """
-    precision = PRECISIONS[recipe.precision]
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # another run in this process had another precision
-    cpu = not torch.accelerator.is_available()  # unless told, it would not connect CPU processes
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
-    if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use fp32
-        raise RunError("fp16 needs a GPU; choose --precision bf16 or fp32.")
+    accelerator = _accelerator(recipe)
     if accelerator.distributed_type not in SUPPORTED:
         raise RunError(
             f"Accelerate is configured for {accelerator.distributed_type.value}; leave that out of "

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -140,8 +141,8 @@ FREEZABLE = {
 def freeze(model: nn.Module, part: str) -> None:
     """Leave a part untrained: the "conv" branch and stem, the "trans" branch, or the "backbone"."""
     for name, parameter in model.named_parameters():
-        frozen = any(start in f".{name}" for start in FREEZABLE[part])
-        parameter.requires_grad_(not frozen)
+        if any(start in f".{name}" for start in FREEZABLE[part]):
+            parameter.requires_grad_(False)
 
 
 def set_training(model: nn.Module, freeze_norm: bool) -> None:
@@ -244,6 +245,24 @@ def load_batches(
     yield from zip(*[iter(loader)] * recipe.accumulate, strict=True)
 
 
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # what Accelerate calls them
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """Return what knows devices and processes, in the recipe's precision.
+
+    Raises:
+        ValueError: The device cannot compute in this precision.
+    """
+    precision = PRECISIONS[recipe.precision]
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # another run in this process had another precision
+    accelerator = Accelerator(mixed_precision=precision)
+    if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use fp32
+        raise ValueError("fp16 needs a GPU; choose --precision bf16 or fp32.")
+    return accelerator
+
+
 @dataclass
 class Trainer:
     """A run between two steps: all that it uses, and all that it changes."""
@@ -268,7 +287,7 @@ def build_trainer(
     recipe: Recipe, model: nn.Module, steps: int, accelerator: Accelerator | None = None
 ) -> Trainer:
     """Prepare to train a model by a recipe; `steps` are those of an epoch."""
-    accelerator = accelerator or Accelerator(mixed_precision=PRECISIONS[recipe.precision])
+    accelerator = accelerator or _accelerator(recipe)
     freeze(model, recipe.freeze)
     _part_size(recipe, accelerator.num_processes)  # raises what would come too late
     rows = isinstance(model, FSDPModule) or not recipe.channels_last  # FSDP stores rows
@@ -288,9 +307,6 @@ def build_trainer(
     )
     mix = make_mix(recipe, model.config.num_classes)
     return Trainer(recipe, accelerator, wrapped, optimizer, scheduler, loss, mix, average)
-
-
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # what Accelerate calls them
 
 
 class NonFiniteError(ValueError):

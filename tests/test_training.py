@@ -347,13 +347,16 @@ def test_frozen_parts_are_those_that_are_meant():
     freeze(model, "backbone")
     trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == heads
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
     freeze(model, "conv")
     standing = [p for n, p in model.named_parameters() if not p.requires_grad]
     alone = tiny(branches="conv")  # the CNN branch, its head, and nothing else
     head = sum(p.numel() for p in alone.conv_head.parameters())
     assert sum(p.numel() for p in standing) == sum(p.numel() for p in alone.parameters()) - head
-    freeze(model, "none")
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    freeze(model, "none")  # and what you froze yourself stays so
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
 def test_freeze_norm_keeps_all_statistics_but_trains_the_scales():
@@ -834,3 +837,11 @@ def test_a_bar_is_kept_by_the_mean_and_by_the_slowest_run():
     assert verdict("subset", rows) == "85 % in 120 s: missed (time)"
     assert verdict("full", rows[:1]) == "91 % in 480 s: missed (accuracy)"
     assert verdict("heads", rows) == ""
+
+
+def test_runs_in_one_process_may_have_different_precisions():
+    for precision in ("bf16", "fp32", "bf16"):
+        trainer = build_trainer(replace(RECIPE, precision=precision), tiny(), 4)
+        assert trainer.accelerator.mixed_precision == precision.replace("fp32", "no")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        build_trainer(replace(RECIPE, precision="fp16"), tiny(), 4)
