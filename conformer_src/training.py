@@ -257,7 +257,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     precision = PRECISIONS[recipe.precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # another run in this process had another precision
-    accelerator = Accelerator(mixed_precision=precision)
+    cpu = not torch.accelerator.is_available()  # unless told, it would not connect CPU processes
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use fp32
         raise ValueError("fp16 needs a GPU; choose --precision bf16 or fp32.")
     return accelerator
