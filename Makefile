@@ -71,8 +71,9 @@ test: $(VENV)/.test ## check everything, or one chapter: make test CHAPTER=02
 test-peers: peers ## compare with OpenMMLab's Conformer, in an environment of its own
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -rP tests/peers
 
-bench: $(VENV)/.test peers ## measure what the README states: half an hour, on an idle machine
+bench: $(VENV)/.test peers ## measure what the README states: hours, on an idle machine
 	$(BIN)/python benchmarks/reader_costs.py
+	$(BIN)/python benchmarks/training.py || true # 1 if a bar is missed; stored runs are not repeated
 	$(PEERS)/bin/python benchmarks/against_mmpretrain.py --json benchmarks/results/against_mmpretrain.json
 
 peers:

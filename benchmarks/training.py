@@ -1,6 +1,6 @@
 """Measure what the recipe `fashion` reaches, against its bars, a CNN and a ViT.
 
-    python benchmarks/training.py                               everything; about two hours
+    python benchmarks/training.py                               everything; about three hours
     python benchmarks/training.py --part subset --seeds 0 1 2   one part
 
 Each run is stored as soon as it ends, and a run that is stored is not repeated: stop when you like

@@ -125,13 +125,18 @@ def build_model(recipe: Recipe, classes: tuple[str, ...]) -> Conformer:
 
 @contextmanager
 def stop_requests() -> Iterator[SimpleNamespace]:
-    """Note Ctrl-C and SIGTERM instead of breaking off; a second one breaks off."""
-    asked, before = SimpleNamespace(number=0), {}
+    """Note Ctrl-C and SIGTERM instead of breaking off; a second Ctrl-C breaks off.
+
+    Launchers pass signals on to processes that got them already, so what comes within a second is
+    the same one.
+    """
+    asked, before = SimpleNamespace(number=0, since=0.0), {}
 
     def note(number: int, frame: object) -> None:
-        if asked.number:
+        if not asked.number:
+            asked.number, asked.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - asked.since > 1:
             raise KeyboardInterrupt
-        asked.number = number
 
     with suppress(ValueError):  # signals reach the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):

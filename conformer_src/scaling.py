@@ -117,7 +117,7 @@ def synchronize_norms(model: nn.Module) -> nn.Module:
 def shard_parameters(model: nn.Module) -> nn.Module:
     """Share out a model's parameters among all processes (FSDP); each holds a part of each.
 
-    A block's parameters are put together before it runs and given back afterwards. Build the
+    A block's parameters are put together before it runs and freed afterwards. Build the
     `Accelerator` and move the model to its device first; the model is changed in place. A process
     that is alone keeps it as it is.
     """

@@ -1,4 +1,4 @@
-"""What the README says about speed and memory is what was measured last."""
+"""What README and book say about speed, memory and training is what was measured last."""
 
 import json
 import runpy
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks/against_mmpretrain.py"))
+TRAINING = runpy.run_path(str(ROOT / "benchmarks/training.py"))
 
 
 def test_readme_shows_the_stored_measurements():
@@ -17,6 +18,15 @@ def test_readme_shows_the_stored_measurements():
     assert result["rounds"] >= 5
     for version in result["versions"].values():
         assert version in readme
+
+
+def test_readme_and_guide_show_the_stored_training_runs():
+    rows = json.loads(TRAINING["RESULT"].read_text())["rows"]
+    parts = ["subset", "full", "compare", "heads", "longer", "varied"]
+    table = TRAINING["table"](rows, TRAINING["load_recipe"]("fashion"), parts, [0, 1, 2])
+    assert len(table.splitlines()) > 5
+    for page in ("README.md", "book/train_your_images.md"):
+        assert table in (ROOT / page).read_text()
 
 
 def test_ratio_of_times_is_the_median_of_the_rounds():

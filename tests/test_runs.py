@@ -175,6 +175,19 @@ def test_a_signal_saves_and_stops(number, code, images, whole_run, tmp_path):
     require_same_run(folder, whole_run[0])
 
 
+def test_a_second_ctrl_c_breaks_off_but_not_what_launchers_repeat(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+    with runs.stop_requests() as asked:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert asked.number == signal.SIGINT
+        clock[0] += 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_the_folder_of_a_run(images, whole_run):
     folder = whole_run[0]
     assert load_recipe(folder / "recipe.toml") == small_recipe(images)
