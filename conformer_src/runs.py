@@ -192,6 +192,7 @@ class _Run:
         self.main = self.trainer.accelerator.is_main_process
         self.images = _Watched(self.data.train, self.save_alone)
         self.since = time.perf_counter(), self.trainer.step
+        self.told = False  # the header of the table
 
     def train(self) -> None:
         """Take all steps that are left."""
@@ -272,7 +273,7 @@ class _Run:
     def _way_on(self) -> str:
         saved = find_checkpoints(self.folder)
         if not saved:
-            return "Nothing was saved yet: start again."
+            return f"Nothing was saved yet: conformer train --resume {self.folder} begins anew."
         step = int(saved[0].stem.rpartition("-")[2])
         return f"The run is saved up to step {step}: conformer train --resume {self.folder}"
 
@@ -310,8 +311,9 @@ class _Run:
 
     def _report(self, row: Mapping[str, Any]) -> None:
         write_history(self.progress.history, self.folder)
-        if row["epoch"] == 1:
+        if not self.told:
             self.say(HEADER)
+            self.told = True
         self.say(line(row))
         if self.trainer.recipe.tensorboard:
             write_tensorboard(row, self.folder)

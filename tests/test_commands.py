@@ -107,7 +107,7 @@ def test_wrong_usage(run, words, complaint):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("fashon",), "there is no recipe fashon; choose fashion"),
+        (("fashio",), "there is no recipe fashio; choose fashion"),
         (("fashion", "--lr", "-1"), "lr must be a number above 0"),
         (("fashion", "--data", "nowhere"), "there is no folder nowhere"),
         (("finetune",), "give --data FOLDER"),

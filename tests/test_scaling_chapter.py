@@ -23,11 +23,8 @@ LINES = [line for block in BLOCKS for line in block.splitlines() if not line.sta
 
 
 def starting(program):
-    return [
-        line.removeprefix("srun ")
-        for line in LINES
-        if line.removeprefix("srun ").startswith(program)
-    ]
+    bare = [re.sub(r"^srun (--\S+ )*", "", line) for line in LINES]
+    return [line for line in bare if line.startswith(program)]
 
 
 def require_command(module, words):
