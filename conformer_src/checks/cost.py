@@ -1,0 +1,217 @@
+"""Checks of the exercises of chapter 13, cost."""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from conformer_src.checks import exercise, require
+from conformer_src.conv_block import count_macs
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and type(value) is not bool
+
+
+def _named(value: object, mistakes: dict[str, object]) -> str | None:
+    """Return the first mistake that gives this value."""
+    return next((words for words, wrong in mistakes.items() if value == wrong), None)
+
+
+@exercise
+def check_layer(answer: Callable[[nn.Conv2d, int, int], tuple[int, int]]) -> str:
+    """Check the parameters and the multiply-accumulates of a convolution."""
+    layers = [
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        nn.Conv2d(64, 384, 4, stride=4),
+        nn.Conv2d(8, 24, 3, stride=2, padding=1, groups=4),
+    ]
+    for conv in layers:
+        for height, width in ((16, 16), (12, 20)):
+            given = answer(conv, height, width)
+            pair = isinstance(given, tuple | list) and len(given) == 2
+            require(pair and all(map(_whole, given)), "return two whole numbers: parameters, MACs")
+            where = f" ({conv}, maps of {height} x {width})"
+            _require_parameters(conv, given[0], where)
+            _require_macs(conv, height, width, given[1], where)
+    return "parameters and MACs of each layer, with strides, groups and biases"
+
+
+def _require_parameters(conv: nn.Conv2d, given: int, where: str) -> None:
+    right, bias = sum(part.numel() for part in conv.parameters()), conv.out_channels
+    weights = conv.weight.numel()
+    mistakes = {
+        "the bias has parameters too, one for each channel that comes out": weights,
+        "this convolution has no bias: it stands in front of a BatchNorm": weights + bias,
+        "with groups, a channel reads only in_channels / groups channels": (
+            weights * conv.groups + (right - weights)
+        ),
+    }
+    if given != right:
+        words = _named(given, mistakes) or f"{given:,}; expected {right:,}"
+        require(False, f"parameters: {words}{where}")
+
+
+def _require_macs(conv: nn.Conv2d, height: int, width: int, given: int, where: str) -> None:
+    right = count_macs(conv, torch.empty(1, conv.in_channels, height, width))
+    kernel = conv.weight[0].numel()
+    positions = right // kernel // conv.out_channels
+    mistakes = {
+        "these are operations: a multiplication and its addition count as one": 2 * right,
+        "adding the bias is no multiplication: leave it out": (
+            right + conv.out_channels * positions
+        ),
+        "with groups, a channel reads only in_channels / groups channels": right * conv.groups,
+        "that counts every position of the map that comes in; the stride leaves fewer": (
+            kernel * conv.out_channels * height * width
+        ),
+        "that is one position; a kernel works at each position that comes out": right // positions,
+        "that takes the height for both sides": right // positions * (positions * height // width),
+        "that takes the width for both sides": right // positions * (positions * width // height),
+    }
+    if given != right:
+        words = _named(given, mistakes) or f"{given:,}; expected {right:,}"
+        require(False, f"MACs: {words}{where}")
+
+
+def _crossing(patch_size: int, tokens: float, class_token: int = 1) -> int:
+    """Return the first side whose patches, with the class token, are more than so many tokens."""
+    grid = 1
+    while grid**2 + class_token <= tokens:
+        grid += 1
+    return grid * patch_size
+
+
+@exercise
+def check_crossing(answer: Callable[[int, int, int, float], int]) -> str:
+    """Check the image side from which the attention products outweigh the linear maps."""
+    cases = [(576, 9, 16, 4.0), (384, 6, 32, 4.0), (48, 3, 16, 4.0), (384, 6, 16, 2.0)]
+    for embed_dim, heads, patch, ratio in cases:
+        given = answer(embed_dim, heads, patch, ratio)
+        right = _crossing(patch, (2 + ratio) * embed_dim)
+        where = f" (embed_dim {embed_dim}, {heads} heads, patch {patch}, mlp_ratio {ratio:g})"
+        mistakes = {
+            "that is the side of the grid in patches; a patch is patch_size pixels wide": (
+                right // patch
+            ),
+            "the class token looks too: N is 1 + patches": (
+                _crossing(patch, (2 + ratio) * embed_dim, 0)
+            ),
+            "the heads share the width, h times E / h: their number does not matter": (
+                _crossing(patch, (2 + ratio) * embed_dim / heads)
+            ),
+            "all heads work, not one: h times N x N x E / h": (
+                _crossing(patch, (2 + ratio) * embed_dim * heads)
+            ),
+            "attention has two products: queries with keys, and weights with values": (
+                _crossing(patch, 2 * (2 + ratio) * embed_dim)
+            ),
+            "the MLP is a linear map too": _crossing(patch, 2 * embed_dim),
+            "attention has four linear maps of E x E: three for qkv, and one behind it": (
+                _crossing(patch, (1.5 + ratio) * embed_dim)
+            ),
+            "the MLP has two layers, there and back": _crossing(patch, (2 + ratio / 2) * embed_dim),
+            "the hidden width is mlp_ratio x E, not always 4 x E": _crossing(patch, 6 * embed_dim),
+        }
+        if given != right:
+            words = _named(given, mistakes) or f"{given}; expected {right}"
+            require(False, f"{words}{where}")
+    return "the side from which tokens cost more to compare than to transform"
+
+
+def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the slope of the line of least squares."""
+    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
+    return above / sum((a - middle_x) ** 2 for a in x)
+
+
+@exercise
+def check_exponent(answer: Callable[[Sequence[float], Sequence[float]], float]) -> str:
+    """Check the exponent of a power law, fitted to measurements."""
+    sizes = [32.0, 64.0, 96.0, 192.0]
+    seconds = [
+        0.02 * size**1.7 * noise for size, noise in zip(sizes, (1.2, 0.9, 1.3, 1), strict=True)
+    ]
+    given = answer(list(sizes), list(seconds))
+    number = isinstance(given, int | float) or (isinstance(given, Tensor) and given.numel() == 1)
+    require(number, f"the exponent is one number, not a {type(given).__name__}")
+    x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
+    right = _slope(x, y)
+    products = sum(a * b for a, b in zip(x, y, strict=True))
+    mistakes = {
+        "a slope on linear axes is seconds per pixel: take logarithms of both": (
+            _slope(sizes, seconds)
+        ),
+        "the sizes are not in logarithms yet": _slope(sizes, y),
+        "the costs are not in logarithms yet": _slope(x, seconds),
+        "the axes are exchanged: the cost depends on the size": _slope(y, x),
+        "only the two ends are used; fit all measurements": (y[-1] - y[0]) / (x[-1] - x[0]),
+        "the line need not go through the origin: it has a constant too": (
+            products / sum(a * a for a in x)
+        ),
+        "that is the ratio of costs; divide its logarithm by that of the sizes": (
+            seconds[-1] / seconds[0]
+        ),
+    }
+    for words, wrong in mistakes.items():
+        require(not math.isclose(given, wrong, rel_tol=1e-4), words)
+    close = math.isclose(given, right, rel_tol=1e-4)
+    require(close, f"{float(given):.4f}; the line of least squares has slope {right:.4f}")
+    exact = answer([1.0, 2.0, 4.0], [5.0, 20.0, 80.0])
+    require(math.isclose(exact, 2, rel_tol=1e-4), f"5 n² has exponent 2, not {float(exact):.4f}")
+    return "the slope of the straight line on two logarithmic axes"
+
+
+class _Staged(nn.Module):
+    """A model whose time is known: it moves a clock of its own."""
+
+    def __init__(self, rounds: Sequence[float]) -> None:
+        super().__init__()
+        self.rounds, self.now = rounds, 0.0
+        self.taken: list[float] = []  # seconds of each call
+        self.modes: list[tuple[bool, bool]] = []
+
+    def clock(self) -> float:
+        """Return the time in seconds."""
+        return self.now
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Take as long as the plan says; return the images."""
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        self.taken.append(self.rounds[min(len(self.taken), len(self.rounds) - 1)])
+        self.now += self.taken[-1]
+        return images
+
+
+@exercise
+def check_stopwatch(answer: Callable[[nn.Module, Tensor, int, Callable[[], float]], float]) -> str:
+    """Check a function that measures the seconds of a forward pass, and name what it does wrong."""
+    rounds = [9.0, 1.0, 1.25, 8.0, 1.5, 1.125]  # the first call warms up, one is disturbed
+    model = _Staged(rounds).train()
+    given = answer(model, torch.zeros(2, 3, 4, 4), 5, model.clock)
+    number = isinstance(given, int | float) or (isinstance(given, Tensor) and given.numel() == 1)
+    require(number, f"return one number of seconds, not a {type(given).__name__}")
+    taken = model.taken
+    require(len(taken) >= 5, f"the model is called {len(taken)} times, but 5 rounds are asked for")
+    trained, recorded = (any(mode[n] for mode in model.modes) for n in (0, 1))
+    faults = []
+    if trained:
+        faults.append("the model is in training mode: call .eval() first")
+    if recorded:
+        faults.append("gradients are recorded: wrap the calls in torch.inference_mode()")
+    if len(taken) == 5 or given in (median(taken), sum(taken), sum(taken) / len(taken)):
+        faults.append("the first call warms up and must not count: call once before you measure")
+    if given in (sum(taken) / len(taken), sum(taken[-5:]) / 5):
+        faults.append("one disturbed round moves a mean: take the median")
+    if given in (sum(taken), sum(taken[-5:])):
+        faults.append("that is the time of all rounds; a median of single rounds is expected")
+    if given == min(taken):
+        faults.append("the fastest round is luck: take the median")
+    require(not faults, "; ".join(faults))
+    right = median(taken[-5:])
+    require(given == right, f"{given:g} s; the median of the rounds is {right:g} s")
+    require(model.training, "leave the model in the mode in which it came, here in training mode")
+    return "warmed up, without gradients, in evaluation mode, and robust"
