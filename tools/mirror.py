@@ -46,6 +46,7 @@ FREE = {
     "records",
     "runs",
     "sources",
+    "trained",
 }  # `checks` is a folder of them
 
 
