@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import notebook_rules
 import notebooks
+import number_rule
 import pytest
 import repository
 from nbformat import NotebookNode
@@ -545,39 +546,227 @@ def test_kernel_that_dies_is_named(path):
 
 # Numbers
 
+SHOWN = """28 layers, 23,522 parameters, accuracy 0.8341
+step   loss   top-1 %
+  70  -1.532   66.0
+eps 3.2e-07, 5.226 G, 14.5%
+"""
+
+
+def listed(notebook: NotebookNode, path: Path) -> list[str]:
+    """Return the lines of `numbers`."""
+    page = notebook_rules.Page(path, path.parents[1], "", notebook)
+    lines = list(number_rule.listing(page))
+    faults = [line for is_fault, line in lines if is_fault]
+    assert len(list(number_rule.has_founded_numbers(page))) == len(faults)
+    assert [line for _, line in lines if "(an integer, no fault)" not in line] == faults
+    return [line for _, line in lines]
+
 
 @pytest.mark.parametrize(
-    ("text", "listed"),
+    ("text", "numbers"),
     [
-        ("It has 28 layers, and 12 heads, in 2021.", []),
-        ("It has 29 layers.", ["29"]),
-        ("It has 1,234 layers.", ["1,234"]),
-        ("It has 23,522 parameters.", []),
-        ("About 23.5 thousand parameters.", []),
-        ("About 23.6 thousand parameters.", ["23.6 thousand"]),
-        ("An accuracy of 83 %.", []),
-        ("An accuracy of 0.834.", []),
-        ("An accuracy of 83.4 percent.", []),
-        ("An accuracy of 0.835.", ["0.835"]),
-        ("As [Peng](https://a.org) say, 81.3 %.", []),
-        ("It reaches 81.3 % (Peng et al., 2021).", []),
-        ("It reaches 81.3 % (section 4.2). Others reach 79.8.", ["79.8"]),
-        ("`29` and $29$ and ResNet-50 and ViT-B/16 and 3x3 and v1.15.", []),
-        ("### 29 layers", []),
-        ("●○○○○ · 15 minutes · predict", []),
+        # as it is written
+        ("An accuracy of 83 %, of 83.4 %, of 0.834.", []),
+        ("An accuracy of 87 %.", ["87 %"]),
+        ("An accuracy of 87%.", ["87 %"]),
+        ("An accuracy of 87 percent.", ["87 percent"]),
+        ("An accuracy of 87 per cent.", ["87 percent"]),
+        ("It gains 3 percentage points.", ["3 percent"]),
+        ("An accuracy of 0.87.", ["0.87"]),
+        ("An accuracy of .87.", [".87"]),
+        ("An accuracy of 83.5 %, **0.835**!", ["83.5 %", "0.835"]),
+        ("It falls by 1.53, to -1.532 or −1.5.", []),
+        ("It falls to -0.834.", ["-0.834"]),
+        ("It falls by −1.6.", ["-1.6"]),
+        ("It stays below 1e-6, 1e-06 and 10⁻⁶.", ["1e-6", "1e-06", "1e-6"]),
+        ("It stays at 3.2e-7 and 3e-7 and 3.2 × 10⁻⁷.", []),
+        ("It is 0.84-0.85 or 0.83–0.84.", ["0.84", "0.85", "0.84"]),
+        (
+            "It is 86 to 87 %, 86–87 %, or 85, 83 and 84 %.",
+            ["86 %", "87 %", "86 %", "87 %", "85 %", "84 %"],
+        ),
+        ("In $(0.87,0.834)$ and 0.834,0.88.", ["0.87", "0.88"]),
+        ("It is 2.5x, 2.5× as fast, or 9.9s.", ["2.5", "2.5", "9.9"]),
+        ("`0.87`, `87 %` and `-0.87` are numbers in disguise.", ["0.87", "87 %", "-0.87"]),
+        ("`lr=0.87` is code, and so is `x[0.87]`.", []),
+        # counts and scales
+        ("It has 23,522 parameters, 23.5 thousand, 23.5k.", []),
+        (
+            "It has 23,523 parameters, 23.6 thousand, 65504 or 1.28 million.",
+            ["23,523", "23.6 thousand", "65504", "1.28 million"],
+        ),
+        ("It takes 5.2 G, 5.23 G, 5.2 billion.", []),
+        ("It takes 5.3 G.", ["5.3 G"]),
+        ("A rate of 0.87 and 14.5 %.", ["0.87"]),
+        # what shows what
+        ("The column says 66 %, a line 14.5 %.", []),
+        ("28 layers are no 28.0.", ["28.0"]),
+        # inputs
+        ("A rate of 4e-3 or 0.004, 15 %, 0.25 and 1.5.", []),
+        ("A rate of 0.00401, in 100 %.", ["0.00401", "100 %"]),
+        ("A dict of results has 91.5, a comment 92.5, a string 93.5.", ["91.5", "92.5", "93.5"]),
+        ("What a string has typed: 94.5 %. What it computes beside: 95.5 %.", ["94.5 %"]),
+        # where it stands
+        ("### Reaching 87 %", ["87 %"]),
+        ("- a list: 0.87\n- 0.834", ["0.87"]),
+        ("> quoted 0.87", ["0.87"]),
+        ("$0.87$ and $x = 83{,}500$ and $10^{-6}$.", ["0.87", "83,500", "1e-6"]),
+        ("$$ a = 87\\% $$ (eq-a)", ["87 %"]),
+        ("![87 % of them](../book/map.svg)", ["87 %"]),
+        ("<details><summary>87 %</summary>\n\nIt is 88 %.\n\n</details>", ["87 %", "88 %"]),
+        ('<img alt="87 %" src="../book/map.svg">', ["87 %"]),
+        ("```python\n0.87\n```", []),
+        ("| a | b |\n|---|---|\n| 0.834 | 0.87 |", ["0.87"]),
+        # what is no claim
+        ("Section 3.2, table 3.1, version 2.6, torch 2.15.0, v1.15.", []),
+        ("12 heads, ViT-16, ViT-B/16, 7x7, in 2021.", []),
     ],
 )
-def test_numbers_that_nothing_prints(path, text, listed, capsys):
+def test_numbers_that_nothing_shows(path, text, numbers):
     notebook = good()
-    outputs(stream("28 layers, 23,522 parameters, accuracy 0.8341\n"))(notebook)
+    outputs(stream(SHOWN))(notebook)
+    taken = "fit(lr=4e-3, drop=0.15)\nrates = [-0.25]\nassert down() < 1.5"
+    typed = '{"ours": 91.5}  # 92.5\nlabel = "93.5"'
+    show = 'print(f"paper 94.5 %, ours {down():.1f} %")'
+    source("down() ==", f"{taken}\n{typed}\n{show}")(notebook)
+    setting("fit", outputs=[stream("paper 94.5 %, ours 95.5 %\n")])(notebook)
     prose(text)(notebook)
-    save(notebook, path)
-    assert notebooks.main(["numbers", str(path)], path.parents[1]) == 0
-    lines = capsys.readouterr().out.splitlines()
     cell = number_of(notebook, "## Try")
-    assert [line.split(": ")[:2] for line in lines] == [
-        [f"04_fcu.ipynb, cell {cell}", number] for number in listed
+    lines = listed(notebook, path)
+    assert [re.sub(r", line \d+", "", line).split(": ")[:2] for line in lines] == [
+        [f"04_fcu.ipynb, cell {cell}", number] for number in numbers
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cited"),
+    [
+        ("As [Peng](https://a.org) say, 81.3 %.", True),
+        ("As Peng et al. (2021) say, 81.3 %.", True),
+        ("It reaches 81.3 % (Peng et al., 2021).", True),
+        ("It reaches 81.3 % (He and Sun, 2015).", True),
+        ("It reaches 81.3 % (their section 4.2).", True),
+        ("It reaches 81.3 %, says arXiv:2105.03889.", True),
+        ("It reaches 81.3 %, says issue #12.", True),
+        ("It reaches 81.3 %. So say [they](https://a.org).", False),
+        ("They [say](https://a.org) so; here it is 81.3 %.", False),
+        ("In March 2021 it reached 81.3 %.", False),
+        ("It reached 81.3 % (in the year after 2020).", False),
+        ("It reaches 81.3 %, as table 2 shows.", False),
+        ("[Above](#set-up) it is 81.3 %.", False),
+        ("[The map](../book/map.svg) says 81.3 %.", False),
+        ("[Chapter 5](05_other.ipynb) prints 81.3 %.", True),
+        ("[Chapter 5](05_other.ipynb) prints 81.4 %.", False),
+        ("[Measured](../book/stored.json): 82.5 %.", True),
+        ("[Measured](../book/stored.json): 81.3 %.", False),
+        ("| a |\n|---|\n| 81.3 % |", False),
+        ("| a | b |\n|---|---|\n| [Peng](https://a.org) | 81.3 % |", True),
+        ("| a | [Peng](https://a.org) |\n|---|---|\n| b | 81.3 % |", True),
+        ("| [Peng](https://a.org) | a |\n|---|---|\n| b | 81.3 % |", False),
+        ("| [Peng](https://a.org) | a |\n|---|---|\n| 1 | b |\n| 81.3 % | c |", True),
+        ("As [Peng](https://a.org):\n\n| a |\n|---|\n| 81.3 % |", True),
+        ("| a |\n|---|\n| 81.3 % |\n\n*From [Peng](https://a.org).*", True),
+        ("As [Peng](https://a.org). More:\n\n| a |\n|---|\n| 81.3 % |", False),
+        ("As [Peng](https://a.org).\n\nMore.\n\n| a |\n|---|\n| 81.3 % |", False),
+    ],
+)
+def test_sources_of_numbers(path, text, is_cited):
+    other = good()
+    outputs(stream("81.3 %"))(other)
+    save(other, path.with_name("05_other.ipynb"))
+    (path.parents[1] / "book/stored.json").write_text('{"rows": [{"sum": 82.5}]}')
+    notebook = good()
+    prose(text)(notebook)
+    assert bool(listed(notebook, path)) is not is_cited
+
+
+def test_numbers_are_found_by_line_and_in_the_words_of_figures(path):
+    notebook = good()
+    prose("One line.\nThe second line\nhas 0.87. The same has 0.88\n\n| a |\n|---|\n| 0.89 |")(
+        notebook
+    )
+    setting("plt.show()", metadata=words("It rises to 87 %", "A fall.\nTo 0.5"))(notebook)
+    plot, text = number_of(notebook, "plt.show()"), number_of(notebook, "## Try")
+    assert listed(notebook, path) == [
+        f"04_fcu.ipynb, cell {plot}, alt text: 87 %: It rises to 87 %",
+        f"04_fcu.ipynb, cell {plot}, caption: 0.5: To 0.5",
+        f"04_fcu.ipynb, cell {text}, line 5: 0.87: The second line has 0.87.",
+        f"04_fcu.ipynb, cell {text}, line 5: 0.88: The same has 0.88",
+        f"04_fcu.ipynb, cell {text}, line 9: 0.89: 0.89",
+    ]
+    expected = "line 5: no cell prints 0.87, no source is named: The second line has 0.87."
+    assert (text, expected) in findings(notebook, path)
+
+
+def test_numbers_command_lists_and_fails(path, capsys):
+    notebook = good()
+    prose("It has 29 layers.")(notebook)
+    save(notebook, path)
+    where = f"04_fcu.ipynb, cell {number_of(notebook, '## Try')}, line 3"
+    assert notebooks.main(["numbers", str(path)], path.parents[1]) == 0
+    expected = f"{where}: 29 (an integer, no fault): It has 29 layers.\n"
+    assert capsys.readouterr().out == expected
+    prose("It gains 2.9 %.")(notebook)
+    save(notebook, path)
+    assert notebooks.main(["numbers", str(path)], path.parents[1]) == 1
+    assert capsys.readouterr().out == f"{where}: 2.9 %: It gains 2.9 %.\n"
+    assert notebooks.main(["check", str(path)], path.parents[1]) == 1
+    assert f"{where.replace(', line', ': line')}: no cell prints 2.9 %" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It has 29 layers.", "29"),
+        ("It has 28 layers, like 1,000 others.", None),
+        ("●○○○○ · 15 minutes · predict", None),
+        ("`29` is a number in disguise.", "29"),
+    ],
+)
+def test_integers_are_listed_and_are_no_fault(path, text, number):
+    notebook = good()
+    outputs(stream("28 of 1000\n"))(notebook)
+    prose(text)(notebook)
+    lines = listed(notebook, path)
+    where = f"04_fcu.ipynb, cell {number_of(notebook, '## Try')}, line 3"
+    expected = f"{where}: {number} (an integer, no fault): "
+    assert [line[: len(expected)] for line in lines] == ([expected] if number else [])
+
+
+@pytest.mark.parametrize(
+    ("printed", "is_shown"),
+    [
+        ("step 70: 14.5 %", False),
+        ("step 70: 14.5%\nstep 80: 15 percent", False),
+        ("70", False),
+        ("70.2", False),
+        ("0.7", True),
+        ("0.698", True),
+        ("0.69", False),
+        ("70.0%", True),
+        ("70 per cent", True),
+        ("accuracy in percent\n70.2", True),
+        ("top-1 %\n70", True),
+        ("<IPython.core.display.HTML object>", False),
+    ],
+)
+def test_what_shows_a_percentage(path, printed, is_shown):
+    notebook = good()
+    page = new_output("display_data", data={"text/html": "<p>70 %</p>", "text/plain": printed})
+    outputs(page)(notebook)
+    prose("It reaches 70 %.")(notebook)
+    assert bool(listed(notebook, path)) is not is_shown
+
+
+def test_ledger_gives_integers_and_nothing_else(path):
+    notebook = good()
+    replaced("## Shapes", "| Ti | 64 |", "| Ti | 64 |\n| parameters | 23,522 |\n| share | 0.87 |")(
+        notebook
+    )
+    replaced("## By hand", "neither is", "64 of 23,522 is no")(notebook)
+    cell = number_of(notebook, "## Shapes")
+    assert listed(notebook, path) == [f"04_fcu.ipynb, cell {cell}, line 7: 0.87: 0.87"]
 
 
 # The sanitising file of nbval

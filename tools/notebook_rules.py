@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import exercises
 import notebooks
+import number_rule
 import repository
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -43,10 +44,6 @@ MACHINE = re.compile(
     r"site-packages"
 )
 MEMORY = re.compile(r"\bat 0x[0-9a-f]+")
-NUMBER = re.compile(r"(?<![\w.,/·^−-])(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![\w/^]|[.,]\d)")
-SCALE = re.compile(r"\s*(%|percent|thousand|million|billion)")
-SCALES = {"%": 0.01, "percent": 0.01, "thousand": 1e3, "million": 1e6, "billion": 1e9}
-CITED = re.compile(r"\x01|\([^)]*(?:(?:19|20)\d\d|[Ss]ection|[Tt]able|[Ff]igure)[^)]*\)")
 
 _markdown = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin)
 
@@ -328,7 +325,7 @@ def keeps_to_budget(page: Page) -> Iterator[Finding]:
 RULES: tuple[Callable[[Page], Iterator[Finding]], ...] = (
     *(is_clean, was_run, is_small, has_local_images, has_alternative_texts, has_short_cells),
     *(has_portable_outputs, has_no_semicolons, has_set_up, has_parts, has_exercises),
-    *(has_existing_targets, keeps_to_budget),
+    *(has_existing_targets, keeps_to_budget, number_rule.has_founded_numbers),
 )
 
 
@@ -375,51 +372,9 @@ def check(paths: list[Path], root: Path) -> int:
     return int(total > 0)
 
 
-def sentences(tokens: list[Token]) -> Iterator[str]:
-    """Yield the sentences of a cell: a link is marked, code and mathematics are left out."""
-    for before, token in zip([None, *tokens], tokens, strict=False):
-        if token.type != "inline" or before.type == "heading_open":
-            continue
-        text = ""
-        for child in token.children:
-            if child.type in ("text", "softbreak", "hardbreak", "link_open"):
-                text += {"text": child.content, "link_open": "\x01"}.get(child.type, " ")
-            elif child.type in ("code_inline", "math_inline"):
-                text += "\x00"
-        yield from re.split(r"(?<=[.!?:;])\s+", text)
-
-
-def unprinted(page: Page) -> Iterator[Finding]:
-    """Yield the numbers of the prose that no cell prints and that no source is named for."""
-    cells = [f"{cell.source}\n{output_text(cell)}" for _, cell in page.code]
-    # The ledger gives the sizes of the published models; tests hold them, not the chapter's cells.
-    ledger = [n for n, level, title in page.headings if level == 2 and title.startswith("Shapes")]
-    cells += [page.notebook.cells[number - 1].source for number in ledger]
-    found = re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", "\n".join(cells))
-    printed = {float(number.replace(",", "")) for number in found}
-    for number, tokens in page.prose:
-        for sentence in sentences([] if number in ledger else tokens):
-            if CITED.search(sentence) or " · " in sentence:  # a source, or minutes on a card
-                continue
-            for match in NUMBER.finditer(sentence):
-                unit = SCALE.match(sentence, match.end())
-                if not _is_known(match, SCALES[unit[1]] if unit else 1, printed):
-                    words = " ".join(sentence.split())
-                    yield number, f"{match[0]}{unit[0] if unit else ''}: {words}"
-
-
-def _is_known(match: re.Match, scale: float, printed: set[float]) -> bool:
-    value, digits = float(match[0].replace(",", "")), len(match[2] or ".") - 1
-    plain = scale == 1 and not match[2] and "," not in match[0]
-    if plain and (value <= 12 or 1900 <= value <= 2100):
-        return True
-    # What was printed may have more digits than the prose, or be a share where that has per cent.
-    return any(round(p / by, digits) == value for p in printed for by in {1, scale})
-
-
 def numbers(paths: list[Path], root: Path) -> int:
-    """List the numbers to look at; there is always a case where one may stand as it is."""
-    for path in paths:
-        for number, line in unprinted(open_page(path, root)):
-            print(f"{path.name}, cell {number}: {line}".replace("\x00", "…").replace("\x01", ""))
-    return 0
+    """List the numbers that nothing shows; exit 1 if one is against the rule."""
+    lines = [line for path in paths for line in number_rule.listing(open_page(path, root))]
+    for _, line in lines:
+        print(line)
+    return int(any(fault for fault, _ in lines))

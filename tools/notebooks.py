@@ -3,7 +3,7 @@
     python tools/notebooks.py run       execute in place, then clean; print the seconds
     python tools/notebooks.py clean     strip what depends on the machine or the moment
     python tools/notebooks.py check     the linter: exit 1 and say what is against the house rules
-    python tools/notebooks.py numbers   list numbers in the prose that no cell prints
+    python tools/notebooks.py numbers   list numbers in the prose that no cell and no source shows
 
 Name notebooks after the command, or none for all chapters. A second run changes no byte.
 """
