@@ -8,6 +8,7 @@ gets its mode and its running statistics back.
 import copy
 import gc
 import math
+import os
 import statistics
 import time
 from collections import Counter
@@ -130,22 +131,29 @@ def _order(down: FCUDown, maps: Tensor, output: Tensor) -> dict[str, int]:
         return {}  # ours alone: there is no authors' order
     width, chans = down.conv_project.weight.shape[:2]
     positions, patches = maps[:, 0].numel(), output[:, 1:, 0].numel()
-    more = 0 if isinstance(down, ProjectThenPool) else (positions - patches) * width
+    more = 0 if isinstance(down, _ProjectThenPool) else (positions - patches) * width
     return {"order": more * chans, "bias": more, "pool": positions * width}
 
 
 @contextmanager
 def _watched(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
     """Call `enter(name, module, inputs)` before each module runs, and `leave` after it."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("a compiled model runs as one piece; give the model as it was before.")
     handles = []
     for name, part in model.named_modules():
-        handles.append(part.register_forward_pre_hook(partial(enter, name)))
-        handles.append(part.register_forward_hook(partial(leave, name)))
+        handles.append(part.register_forward_pre_hook(partial(_told, enter, name)))
+        handles.append(part.register_forward_hook(partial(_told, leave, name)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _told(watcher: Callable, *news: object) -> None:
+    """Pass on what a hook says; what it returned itself would take the place of the output."""
+    watcher(*news)
 
 
 @contextmanager
@@ -218,30 +226,37 @@ def sum_costs(costs: Iterable[Cost], by: Callable[[str], object]) -> dict[object
     return sums
 
 
-def race(forms: Mapping[str, Callable], rounds: int = 5) -> dict[str, list[float]]:
+def race(
+    forms: Mapping[str, Callable], rounds: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Return the seconds of each form in each round.
 
     The forms take turns, forwards and backwards, so that whatever else the machine does hits all
-    of them; the first round does not count.
+    of them; the first round does not count. The clock `time.process_time` leaves others' work out.
     """
-    if rounds < 2:
-        raise ValueError(f"{rounds} rounds show no spread; choose at least 2.")
+    _require_rounds(rounds, 2)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(rounds + 1):
         gc.collect()
         for name, run in list(forms.items())[:: 1 if number % 2 else -1]:
-            start = _now()
+            start = _now(clock)
             run()
             if number:
-                seconds[name].append(_now() - start)
+                seconds[name].append(_now(clock) - start)
     return seconds
 
 
-def _now() -> float:
-    """Return the clock once all devices have finished."""
+def _require_rounds(rounds: int, least: int) -> None:
+    """Raise a `ValueError` for too few rounds."""
+    if rounds < least:
+        raise ValueError(f"{rounds} rounds are too few to tell; choose at least {least}.")
+
+
+def _now(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Read the clock once the accelerator, if there is one, has finished."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    return time.perf_counter()
+    return clock()
 
 
 class Gain(NamedTuple):
@@ -311,27 +326,37 @@ def time_parts(
 ) -> list[Timing]:
     """Return time and memory of each part for images (B, in_chans, H, W), by `torch.profiler`.
 
-    Of several forward passes the fastest is reported. With `training`, it is one that a backward
-    pass could follow, so that most bytes are those that autograd keeps.
+    Each part has the shortest time of several forward passes. With `training`, they are passes that
+    a backward pass could follow, so that most bytes are those that autograd keeps.
     """
+    _require_rounds(rounds, 1)
+    with _in_mode(model, training), _ranges(model):
+        passes = [_profiled(model, images) for _ in range(rounds + 1)][1:]  # the first warms up
+    same_part = zip(*passes, strict=True)
+    return [min(timings, key=lambda timing: timing.seconds) for timings in same_part]
+
+
+@contextmanager
+def _ranges(model: nn.Module) -> Iterator[None]:
+    """Let the profiler see where each part begins and ends."""
     running = []
 
     def enter(name, *_):
-        if part_of(name) == name:
+        if name == part_of(name) != "":
             running.append(record_function(f"part {name}"))
             running[-1].__enter__()
 
     def leave(name, *_):
-        if part_of(name) == name:
+        if name == part_of(name) != "":
             running.pop().__exit__(None, None, None)
 
-    with _in_mode(model, training), _watched(model, enter, leave):
-        passes = [_profiled(model, images) for _ in range(rounds + 1)][1:]  # the first warms up
-    return min(passes, key=lambda timings: sum(timing.seconds for timing in timings))
+    with _watched(model, enter, leave):
+        yield
 
 
 def _profiled(model: Conformer, images: Tensor) -> list[Timing]:
     """Return what each part of one forward pass took, read from the profiler's ranges."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports on itself
     on_cpu = images.device.type == "cpu"
     activities = [ProfilerActivity.CPU] if on_cpu else None  # None: all that there are
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
@@ -469,10 +494,10 @@ def plot_blocks(values: Mapping[str, float], label: str, axes: "Axes | None" = N
 
 def _place(block: str) -> float:
     """Return what sorts blocks as they run."""
-    return {"entry": 0, "heads": math.inf}.get(block) or float(block.replace("entry", "0"))
+    return {"entry": -1, "heads": math.inf}.get(block) or float(block)
 
 
-class ProjectThenPool(FCUDown):
+class _ProjectThenPool(FCUDown):
     """The authors' order: project each position of the maps, and pool then (chapter 4)."""
 
     def forward(self, maps: Tensor, tokens: Tensor) -> Tensor:
@@ -487,7 +512,7 @@ class ProjectThenPool(FCUDown):
         return torch.cat([tokens[:, :1], patches], dim=1)
 
 
-class WrittenAttention(Attention):
+class _WrittenAttention(Attention):
     """Attention that stores its weights (B, h, N, N) on the way; for evaluation, no dropout."""
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -497,10 +522,10 @@ class WrittenAttention(Attention):
         return self.proj_drop(self.proj(rearrange(mixed, "b h n d -> b n (h d)")))
 
 
-WRITTEN = {FCUDown: ProjectThenPool, Attention: WrittenAttention}
+_WRITTEN = {FCUDown: _ProjectThenPool, Attention: _WrittenAttention}
 
 
-def as_written(model: nn.Module, forms: Mapping[type, type] = WRITTEN) -> nn.Module:
+def _as_written(model: nn.Module, forms: Mapping[type, type] = _WRITTEN) -> nn.Module:
     """Return a copy for evaluation that computes the same in the forms of the paper.
 
     Args:
@@ -519,11 +544,11 @@ def exact_forms(model: nn.Module) -> dict[str, nn.Module]:
     Each rewrite stands alone; the last form has all four.
     """
     return {
-        "as written": as_written(model),
-        "pooled first": as_written(model, {Attention: WrittenAttention}),
-        "fused attention": as_written(model, {FCUDown: ProjectThenPool}),
-        "folded norms": fold_norms(as_written(model)),
-        "channels last": as_written(model).to(memory_format=torch.channels_last),
+        "as written": _as_written(model),
+        "pooled first": _as_written(model, {Attention: _WrittenAttention}),
+        "fused attention": _as_written(model, {FCUDown: _ProjectThenPool}),
+        "folded norms": fold_norms(_as_written(model)),
+        "channels last": _as_written(model).to(memory_format=torch.channels_last),
         "all four": optimize_for_inference(model, compile=False),
     }
 
