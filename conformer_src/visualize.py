@@ -50,13 +50,15 @@ class BlockRecord(NamedTuple):
 
 @contextmanager
 def _inspecting(model: Conformer, images: Tensor) -> Iterator[Tensor]:
-    """Put the model into eval mode for a while; gives the images on its device, in its type."""
+    """Without autograd, and in eval mode: gives the images on the model's device, in its type."""
     config = _config(model)
     if not isinstance(images, Tensor):
         kind = type(images).__name__
         raise TypeError(f"images are of type {kind}, but must be a tensor; use the transform.")
     _require_maps(images, config.in_chans, "images")
-    with _evaluating(model) as like, torch.inference_mode(False):
+    if not len(images):
+        raise ValueError("there are no images in the batch; give at least one.")
+    with _evaluating(model) as like, torch.inference_mode(False), torch.no_grad():
         yield images.to(like)
 
 
@@ -85,7 +87,7 @@ def _choose(logits: DualLogits, target: Any) -> Tensor:
     chosen = torch.as_tensor(target, device=total.device)
     whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
     fits = whole and chosen.ndim < 2 and chosen.numel() in (1, count)
-    if not fits or not count or chosen.min() < 0 or chosen.max() >= classes:
+    if not fits or chosen.min() < 0 or chosen.max() >= classes:
         raise ValueError(
             f"target must be a class from 0 to {classes - 1}, or one for each of the {count} "
             f"images, not {target!r}."
@@ -136,7 +138,6 @@ def _watched(block: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if not isinstance(part, NoCoupling | None)}
 
 
-@torch.no_grad()
 def record_blocks(model: Conformer, images: Tensor) -> list[BlockRecord]:
     """Return what happened in each block; `[0]` is block 1, in which nothing crosses."""
     config = _config(model)
@@ -197,7 +198,6 @@ def finish(model: Conformer, features: Features, after: int) -> DualLogits:
     return DualLogits(model.conv_head(features.maps), model.trans_head(features.tokens))
 
 
-@torch.no_grad()
 def class_activation(model: Conformer, images: Tensor, target: Any = None) -> Tensor:
     """Return each place's share of a class's logit, (B, H, W) of the last maps (Zhou et al. 2016).
 
@@ -241,7 +241,6 @@ def grad_cam(model: Conformer, images: Tensor, block: int | None = None, target=
     return _ready(einsum(weights, maps, "b c, b c h w -> b h w").relu())
 
 
-@torch.no_grad()
 def _features_after(model: Conformer, images: Tensor, after: int) -> Features:
     features = model.entry(images)
     for block in model.blocks[:after]:
@@ -319,13 +318,12 @@ def overlay(image: Tensor, heat: Tensor, axis: "Axes | None" = None) -> "Axes":
     import matplotlib.pyplot as plt
 
     axis = axis or plt.gca()
-    grey = image.detach().float().cpu().mean(0)
-    heat = heat.detach().float().cpu()
+    image, heat = (_ready(values).float() for values in (image, heat))
     heat = heat - heat.min().clamp(min=0)
-    heat = F.interpolate(heat[None, None], grey.shape, mode="bilinear")[0, 0]
-    limit = heat.abs().max().clamp(min=1e-12)
-    axis.imshow(grey, cmap="gray")
-    axis.imshow(heat / limit, cmap="coolwarm", vmin=-1, vmax=1, alpha=0.8 * heat.abs() / limit)
+    heat = F.interpolate(heat[None, None], image.shape[1:], mode="bilinear")[0, 0]
+    heat = (heat / heat.abs().max().clamp(min=1e-12)).numpy()  # from -1 to 1
+    axis.imshow(image.mean(0).numpy(), cmap="gray")
+    axis.imshow(heat, cmap="coolwarm", vmin=-1, vmax=1, alpha=0.8 * abs(heat))
     axis.set_axis_off()
     return axis
 
@@ -348,18 +346,19 @@ def show_maps(rows: Mapping[str, Sequence[Tensor | None]], titles: Sequence[str]
         for axis, values in zip(line, maps, strict=True):
             axis.set(xticks=[], yticks=[], frame_on=False)
             if values is not None:
-                axis.imshow(values.detach().float().cpu(), cmap="viridis")
+                axis.imshow(_ready(values).float().numpy(), cmap="viridis")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     return figure
 
 
-# The script of the page counts from 0, people from 1. Without it, the slider stays hidden.
+# Without scripts the slider stays hidden. Styles stand in the page, because themes may show what
+# is only marked as hidden.
 _SLIDER = Template("""
-<div class="$name" data-label="$label" style="max-width:100%">
+<div class="$name" data-label="$label">
 <div>$pictures</div>
 <p>$label 1 of $count: $first</p>
-<label hidden>$label <input type="range" min="1" max="$count" value="1" step="1"
+<label style="display:none">$label <input type="range" min="1" max="$count" value="1"
 style="width:100%;max-width:30em;height:2.75em;accent-color:#2f7d4f"></label>
 <p><em>This is the first of $count pictures. Where scripts run, a slider shows the others.</em></p>
 </div>
@@ -368,15 +367,16 @@ for (const box of document.querySelectorAll(".$name")) {
   const pictures = box.querySelectorAll("img"), input = box.querySelector("input");
   const [caption, note] = box.querySelectorAll("p");
   const show = () => {
-    pictures.forEach((picture, place) => { picture.hidden = place + 1 != input.value; });
-    const shown = pictures[input.value - 1];
-    const words = input.value + " of " + pictures.length + ": " + shown.alt;
+    pictures.forEach((picture, place) => {
+      picture.style.display = place + 1 == input.value ? "block" : "none";
+    });
+    const words = input.value + " of " + input.max + ": " + pictures[input.value - 1].alt;
     caption.textContent = box.dataset.label + " " + words;
     input.setAttribute("aria-valuetext", words);
   };
   input.addEventListener("input", show);
-  input.parentNode.hidden = false;
-  note.hidden = true;
+  input.parentNode.style.display = "block";
+  note.style.display = "none";
   show();
 }
 </script>
@@ -392,6 +392,18 @@ def _png(figure: "Figure") -> str:
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(64).save(packed, "png", optimize=True)
     return base64.b64encode(packed.getvalue()).decode()
+
+
+def _pictures(frames: Sequence["Figure"], captions: Sequence[str]) -> str:
+    """Return the HTML of pictures of which the first is shown."""
+    if not len(frames) or len(frames) != len(captions):
+        counts = f"{len(frames)} figures and {len(captions)} captions"
+        raise ValueError(f"{counts} make no slider; give at least one figure, and a caption each.")
+    return "".join(
+        f'<img src="data:image/png;base64,{_png(frame)}" alt="{escape(caption)}"'
+        f' style="display:{"none" if place else "block"};max-width:100%;background:#fff">'
+        for place, (frame, caption) in enumerate(zip(frames, captions, strict=True))
+    )
 
 
 class Slider:
@@ -418,14 +430,7 @@ def block_slider(frames: Sequence["Figure"], captions: Sequence[str], label: str
     Raises:
         ValueError: There are no figures, or not a caption for each.
     """
-    if not len(frames) or len(frames) != len(captions):
-        counts = f"{len(frames)} figures and {len(captions)} captions"
-        raise ValueError(f"{counts} make no slider; give at least one figure, and a caption each.")
-    pictures = "".join(
-        f'<img src="data:image/png;base64,{_png(frame)}" alt="{escape(caption)}"'
-        f'{" hidden" if place else ""} style="max-width:100%;background:#fff">'
-        for place, (frame, caption) in enumerate(zip(frames, captions, strict=True))
-    )
+    pictures = _pictures(frames, captions)
     name = "slider-" + hashlib.sha256(pictures.encode()).hexdigest()[:8]
     html = _SLIDER.substitute(
         name=name,
