@@ -359,7 +359,7 @@ def _profiled(model: Conformer, images: Tensor) -> list[Timing]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports on itself
     on_cpu = images.device.type == "cpu"
     activities = [ProfilerActivity.CPU] if on_cpu else None  # None: all that there are
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=activities, profile_memory=True) as profiler:
         output = model(images)
         _now()
     del output
@@ -488,7 +488,7 @@ def plot_blocks(values: Mapping[str, float], label: str, axes: "Axes | None" = N
         axes.bar(blocks, heights, bottom=below, color=colour, label=branch)
         below = [sum(pair) for pair in zip(below, heights, strict=True)]
     axes.set(xlabel="block", ylabel=label)
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     return axes
 
 

@@ -1,17 +1,52 @@
-"""Forms of the network that compute the same and cost less."""
+"""What the network costs, and the forms that compute the same and cost less."""
 
 import copy
+import itertools
+import math
+from functools import partial
 
+import matplotlib
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from conformer_src import cost
 from conformer_src.checks import golden
-from conformer_src.conformer import Conformer, ConformerConfig
-from conformer_src.conv_block import ConvBlock
-from conformer_src.cost import fold_norms, optimize_for_inference
-from conformer_src.fcu import FCUUp
+from conformer_src.conformer import CARDS, VARIANTS, Conformer, ConformerConfig, create_model
+from conformer_src.conv_block import ConvBlock, count_macs, count_parameters
+from conformer_src.cost import (
+    WAYS,
+    Cost,
+    Int8Linear,
+    Limits,
+    Timing,
+    block_of,
+    branch_of,
+    count_costs,
+    exact_forms,
+    fit_exponent,
+    fold_norms,
+    gains,
+    kept_bytes,
+    machine_limits,
+    measure_growth,
+    optimize_for_inference,
+    part_of,
+    plot_blocks,
+    plot_roofline,
+    quantize_linears,
+    race,
+    roofline,
+    run,
+    sum_costs,
+    time_parts,
+    to_int8,
+)
+from conformer_src.fcu import DOWN_MODES, FCUDown, FCUUp
 from conformer_src.weights import official_name
+
+matplotlib.use("Agg")
 
 TOY = {"num_classes": 10, "channel_ratio": 0.25, "embed_dim": 48, "depth": 6, "num_heads": 3}
 CHOICES = [
@@ -21,7 +56,28 @@ CHOICES = [
     {"branches": "conv"},
     {"branches": "trans"},
     {"coupling": "down"},
+    {"coupling": "up", "fcu_up": "bilinear"},
+    {"coupling": "none", "pos_embed": 3},
+    {"patch_size": 32, "num_med_block": 2, "fcu_down": "max"},
 ]
+PUBLISHED = {  # G, as far as it was printed: the paper, OpenMMLab's page; then million parameters
+    "conformer_tiny_patch16": ("5.2", "4.90", "23.52"),
+    "conformer_small_patch16": ("10.6", "10.31", "37.67"),
+    "conformer_small_patch32": (None, "7.09", "38.85"),
+    "conformer_base_patch16": ("23.3", "22.89", "83.29"),
+}
+COUNTED = {  # G, three decimals: fvcore on the authors' code, convolutions and linear maps alone
+    "conformer_tiny_patch16": ("5.250", "4.868"),
+    "conformer_small_patch16": ("10.651", "10.242"),
+    "conformer_small_patch32": ("7.087", "7.023"),
+    "conformer_base_patch16": ("23.403", "22.789"),
+}
+SHARES = {  # CNN, transformer, FCU: million parameters, and G as fvcore counts
+    "conformer_tiny_patch16": ("1.11 22.07 0.35", "0.47 4.63 0.15"),
+    "conformer_small_patch16": ("14.26 22.07 1.34", "5.43 4.63 0.60"),
+    "conformer_small_patch32": ("14.26 23.25 1.34", "5.43 1.16 0.50"),
+    "conformer_base_patch16": ("31.24 49.03 3.01", "11.98 10.08 1.34"),
+}
 
 
 def toy(**changes):
@@ -106,6 +162,197 @@ def test_the_original_stays_and_can_be_trained_on():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def shapes_of(name):
+    """A variant and an image of its card, without any values."""
+    with torch.device("meta"):
+        channels = VARIANTS[name].in_chans
+        return create_model(name), torch.empty(1, channels, *2 * [CARDS[name].image_size])
+
+
+def total(costs, way):
+    return sum(cost.macs(way) for cost in costs)
+
+
+def state_of(model):
+    """Everything that measuring must leave as it was."""
+    modes = [part.training for part in model.modules()]
+    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
+    return copy.deepcopy(model.state_dict()), modes, hooks, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_papers_way_gives_the_cards(name):
+    costs = count_costs(*shapes_of(name))
+    assert total(costs, "paper") == CARDS[name].macs
+    assert sum(cost.parameters for cost in costs) == CARDS[name].parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_all_published_numbers_come_out_to_the_printed_digit(name):
+    costs = count_costs(*shapes_of(name))
+    paper, openmmlab, parameters = PUBLISHED[name]
+    assert paper in (None, f"{total(costs, 'paper') / 1e9:.1f}")
+    assert f"{total(costs, 'openmmlab') / 1e9:.2f}" == openmmlab
+    assert f"{sum(cost.parameters for cost in costs) / 1e6:.2f}" == parameters
+    found = tuple(f"{total(costs, way) / 1e9:.3f}" for way in ("fvcore", "layers"))
+    assert found == COUNTED[name]
+
+
+def test_openmmlabs_page_is_met_in_each_digit():
+    pages = (4_899_611_328, 10_311_309_312, 7_087_281_792, 22_892_078_080)
+    found = tuple(total(count_costs(*shapes_of(name)), "openmmlab") for name in PUBLISHED)
+    assert found == pages
+
+
+def test_operations_are_twice_the_multiply_accumulates_of_base():
+    macs = total(count_costs(*shapes_of("conformer_base_patch16")), "paper")
+    assert 2 * float(f"{macs / 1e9:.1f}") == 46.6
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_branches_have_the_known_shares(name):
+    sums = sum_costs(count_costs(*shapes_of(name)), branch_of)
+    branches = ("CNN", "transformer", "FCU")
+    assert set(sums) == set(branches)
+    for key, unit, expected in zip(("parameters", "fvcore"), (1e6, 1e9), SHARES[name], strict=True):
+        assert " ".join(f"{sums[branch][key] / unit:.2f}" for branch in branches) == expected
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_what_runs_here_is_what_torch_counts_block_by_block(changes):
+    model, images = toy(**changes), images_of()
+    costs = count_costs(model, images)
+    assert total(costs, "ours") == count_macs(model, images)
+    assert sum(cost.parameters for cost in costs) == count_parameters(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    by_torch, sums = counter.get_flop_counts(), sum_costs(costs, block_of)
+    for number in range(1, model.config.depth + 1):
+        operations = sum(by_torch[f"Conformer.blocks.{number - 1}"].values())
+        assert 2 * sums[str(number)]["ours"] == operations
+    for name in ("conv_head", "trans_head"):
+        operations = sum(by_torch.get(f"Conformer.{name}", {}).values())
+        assert 2 * sum_costs(costs, part_of).get(name, {}).get("ours", 0) == operations
+
+
+def test_counts_grow_with_the_batch_and_nothing_else():
+    model = toy()
+    one, three = (count_costs(model, images_of(batch)) for batch in (1, 3))
+    assert [cost.name for cost in one] == [cost.name for cost in three]
+    for single, triple in zip(one, three, strict=True):
+        assert all(triple.macs(way) == 3 * single.macs(way) for way in WAYS)
+        assert triple.parameters == single.parameters
+
+
+@pytest.mark.parametrize("mode", DOWN_MODES)
+def test_only_average_pooling_has_an_order_of_the_authors(mode):
+    costs = count_costs(toy(fcu_down=mode), images_of())
+    ordered = {part_of(each.name) for each in costs if each.counts["order"]}
+    stages_that_pool = {f"blocks.{index}.down" for index in (1, 2, 3)}
+    assert ordered == (stages_that_pool if mode == "average" else set())
+
+
+def test_the_order_of_the_authors_costs_what_it_says():
+    model, images = toy(), images_of()
+    written = exact_forms(model)["as written"]
+    assert total(count_costs(model, images), "paper") == count_macs(written, images)
+    assert total(count_costs(written, images), "ours") == count_macs(written, images)
+    for way in ("paper", "fvcore", "layers"):
+        assert total(count_costs(written, images), way) == total(count_costs(model, images), way)
+
+
+def test_bytes_are_those_of_the_operations():
+    """A linear map reads input, weights and biases and writes its output, in four bytes each."""
+    found = {each.name: each.counts["bytes"] for each in count_costs(toy(), images_of())}
+    rows, width, hidden = 2 * 25, 48, 192  # tokens of two images of 64 x 96
+    numbers = rows * width + width * hidden + hidden + rows * hidden
+    assert found["blocks.2.trans_block.mlp.fc1"] == 4 * numbers
+    assert found["blocks.2.trans_block.mlp.act"] == 4 * 2 * rows * hidden
+    assert found["blocks.2.trans_block.attn"] == 4 * 4 * rows * width
+
+
+def test_fused_attention_and_folded_norms_move_fewer_bytes():
+    model, images = toy(), images_of()
+    moved = {
+        name: sum(each.counts["bytes"] for each in count_costs(form, images))
+        for name, form in exact_forms(model).items()
+    }
+    written = moved["as written"]
+    assert all(
+        moved[name] < written for name in moved if name not in ("as written", "channels last")
+    )
+    assert moved["channels last"] == written
+    assert moved["all four"] == min(moved.values())
+
+
+def test_names_tell_part_block_and_branch():
+    assert part_of("blocks.3.up.bn") == "blocks.3.up"
+    assert part_of("entry.stem.conv1") == "entry.stem"
+    assert part_of("trans_head.fc") == "trans_head"
+    assert [block_of(name) for name in ("entry.stem", "blocks.11.up.bn", "conv_head")] == [
+        "entry",
+        "12",
+        "heads",
+    ]
+    known = {
+        "CNN": ("entry.stem", "blocks.0.conv_block", "blocks.4.med_block.0", "conv_head.fc"),
+        "transformer": ("entry.token_embed.proj", "blocks.0.trans_block.attn", "trans_head"),
+        "FCU": ("blocks.1.down.ln", "blocks.1.up.bn", "blocks.1"),
+    }
+    for branch, names in known.items():
+        assert {branch_of(name) for name in names} == {branch}
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="no way of counting 'timm'; choose paper, "):
+        count_costs(toy(), images_of())[0].macs("timm")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_measuring_leaves_the_model_as_it_was(changes, training):
+    model, images = toy(drop_rate=0.1, drop_path_rate=0.1, **changes), images_of()
+    model.train(training)
+    model.blocks[0].eval()
+    before = state_of(model)
+    costs = count_costs(model, images)
+    timings = time_parts(model, images, 1, training=training)
+    kept = kept_bytes(model, images)
+    after = state_of(model)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    assert after[1:3] == before[1:3]
+    assert torch.equal(after[3], before[3])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+    parts = {part_of(each.name) for each in costs}
+    assert parts <= {timing.part for timing in timings}
+    assert set(kept) <= {timing.part for timing in timings}
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_each_part_is_timed_once_in_the_order_in_which_it_runs(changes):
+    model, images = toy(**changes), images_of()
+    timings = time_parts(model, images, 1)
+    names = [timing.part for timing in timings]
+    assert len(set(names)) == len(names)
+    assert names[:2] == ["entry", "entry.stem"]
+    assert names[-2:] == ["conv_head", "trans_head"]
+    assert all(part_of(name) == name for name in names)
+    long = {timing.part for timing in timings if timing.seconds > 0}
+    assert long >= {part_of(each.name) for each in count_costs(model, images) if each.macs("ours")}
+
+
+def test_profiler_and_autograd_agree_on_what_a_training_step_keeps():
+    model, images = toy(), images_of(4)
+    by_autograd = kept_bytes(model, images)
+    timings = time_parts(model, images, 1, training=True)
+    by_profiler = sum(timing.bytes for timing in timings)
+    assert by_profiler == pytest.approx(sum(by_autograd.values()), rel=0.1)
+    found = {timing.part: timing.bytes for timing in timings}
+    for part in ("blocks.3.trans_block", "blocks.3.fusion_block"):
+        assert found[part] == pytest.approx(by_autograd[part], rel=0.05)
+
+
 @torch.no_grad()
 def test_the_compiled_form_computes_the_same():
     model, images = toy(depth=3), images_of()
@@ -113,3 +360,213 @@ def test_the_compiled_form_computes_the_same():
     for part in zip(fast(images), expected, strict=True):
         torch.testing.assert_close(*part, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
+
+
+def test_kept_bytes_are_counted_once_and_grow_with_the_batch():
+    model = toy()
+    one, two = (sum(kept_bytes(model, images_of(batch)).values()) for batch in (2, 4))
+    statistics = sum(8 * norm.num_features for norm in norms(model))  # mean and deviation, 4 bytes
+    assert 2 * one - two == pytest.approx(statistics, rel=0.5)
+    by_hand = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        by_hand[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    images = images_of(2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = copy.deepcopy(model).train()(images)
+    learned = {parameter.numel() * 4 for parameter in model.parameters()}
+    assert output.conv.requires_grad
+    assert one <= sum(size for _, size in by_hand.values())
+    assert one > sum(size for _, size in by_hand.values()) - sum(learned) * len(by_hand)
+
+
+def test_checkpointing_keeps_less():
+    model, images = toy(), images_of()
+    plain = sum(kept_bytes(model, images).values())
+    model.checkpointing = True
+    assert sum(kept_bytes(model, images).values()) < 0.5 * plain
+
+
+def test_a_compiled_model_is_refused_by_what_looks_into_it():
+    model, images = torch.compile(toy()), images_of()
+    for look in (count_costs, time_parts, kept_bytes):
+        with pytest.raises(ValueError, match="compiled") as error:
+            look(model, images)
+        assert "\n" not in str(error.value)
+
+
+def test_forms_take_turns_and_the_first_round_does_not_count():
+    calls, ticks = [], itertools.count()
+    forms = {name: partial(calls.append, name) for name in "abc"}
+    seconds = race(forms, 3, clock=lambda: float(next(ticks)))
+    assert "".join(calls) == "cba" + "abc" + "cba" + "abc"
+    assert seconds == {name: [1.0, 1.0, 1.0] for name in "abc"}
+
+
+def test_a_gain_is_the_median_of_the_rounds_own_ratios():
+    found = gains({"plain": [2.0, 9.0, 4.0], "fast": [1.0, 3.0, 4.0]})
+    assert found["plain"] == (4.0, 1.0, 0.0)
+    assert found["fast"] == (3.0, 2.0, 0.5)
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2, 4])
+def test_the_exponent_of_a_power_law_is_found(power):
+    sizes = [3, 5, 8, 21]
+    assert fit_exponent(sizes, [7 * size**power for size in sizes]) == pytest.approx(power)
+
+
+def test_too_little_to_measure_is_refused():
+    for sizes, costs in (
+        ([2], [3]),
+        ([2, 2], [3, 4]),
+        ([1, 2], [0, 3]),
+        ([0, 1], [1, 2]),
+        ([], []),
+    ):
+        with pytest.raises(ValueError, match="two different sizes"):
+            fit_exponent(sizes, costs)
+    with pytest.raises(ValueError, match="1 rounds are too few to tell; choose at least 2"):
+        race({}, 1)
+    with pytest.raises(ValueError, match="0 rounds are too few to tell; choose at least 1"):
+        time_parts(toy(), images_of(), 0)
+
+
+def test_growth_predicts_by_counting():
+    model = toy(depth=3)
+    cases = {batch: (model, images_of(batch)) for batch in (1, 2, 4)}
+    growth = measure_growth(cases, rounds=2)
+    assert growth.sizes == [1, 2, 4]
+    assert growth.macs == [batch * count_macs(model, images_of(1)) for batch in (1, 2, 4)]
+    assert growth.predicted == pytest.approx(1)
+    assert growth.measured == pytest.approx(fit_exponent(growth.sizes, growth.seconds))
+
+
+def test_attention_grows_with_the_fourth_power_of_the_side_and_the_rest_with_the_square():
+    sides, model = (128, 256, 512), toy()
+    found = [count_costs(model, torch.empty(1, 3, side, side)) for side in sides]
+    convolutions = [sum(each.counts["conv"] for each in costs) for costs in found]
+    attention = [sum(each.counts["attention"] for each in costs) for costs in found]
+    assert fit_exponent(sides, convolutions) == pytest.approx(2)
+    assert fit_exponent(sides, attention) == pytest.approx(4, abs=0.02)  # the class token
+
+
+def test_a_device_shows_its_limits():
+    limits = machine_limits(side=64)
+    assert all(math.isfinite(limit) and limit > 0 for limit in limits)
+
+
+def costed(part, macs, moved):
+    counts = cost.Counter(conv=macs, bytes=moved)
+    return Cost(f"{part}.conv1", 0, counts)
+
+
+def test_the_roof_is_arithmetic_or_memory_whichever_is_less():
+    costs = [costed("blocks.0.conv_block", 100, 10), costed("blocks.1.up", 10, 100)]
+    timings = [Timing("blocks.0.conv_block", 2.0, 0), Timing("blocks.1.up", 5.0, 0)]
+    timings.append(Timing("blocks.1.med_block", 1.0, 0))  # multiplies nothing, is left out
+    first, second = roofline(costs, timings, Limits(macs=80.0, bytes=40.0))
+    assert first == ("blocks.0.conv_block", 10.0, 50.0, 80.0)
+    assert second == ("blocks.1.up", 0.1, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_all_parts_that_multiply_come_under_the_roof_and_into_the_picture(changes):
+    model, images = toy(**changes), images_of()
+    costs, limits = count_costs(model, images), Limits(1e9, 1e9)
+    roofs = roofline(costs, time_parts(model, images, 1), limits)
+    assert {roof.part for roof in roofs} == {part_of(c.name) for c in costs if c.macs("ours")}
+    assert all(roof.roof == min(1e9, roof.intensity * 1e9) for roof in roofs)
+    axes = plot_roofline(roofs, limits)
+    assert sum(len(points.get_offsets()) for points in axes.collections) == len(roofs)
+    matplotlib.pyplot.close(axes.figure)
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+def test_bars_show_each_block_and_lose_nothing(changes):
+    costs = count_costs(toy(**changes), images_of())
+    axes = plot_blocks({each.name: each.macs() for each in costs}, "MACs")
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["entry", *(str(number) for number in range(1, 7)), "heads"]
+    assert sum(bar.get_height() for bar in axes.patches) == total(costs, "paper")
+    assert axes.get_ylabel() == "MACs"
+    matplotlib.pyplot.close(axes.figure)
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+@torch.no_grad()
+def test_all_exact_forms_compute_the_same(changes):
+    model, images = toy(**changes).double(), images_of().double()
+    expected = [part for part in model(images) if part is not None]
+    forms = exact_forms(model)
+    assert next(iter(forms)) == "as written"
+    assert len(forms) == 6
+    for form in forms.values():
+        assert form is not model
+        found = [part for part in run(form, images) if part is not None]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_each_form_has_its_own_rewrite_and_no_other():
+    def traits(form):
+        parts = list(form.modules())
+        return (
+            any(type(part) is FCUDown for part in parts),
+            any(type(part) is cost.Attention for part in parts),
+            not norms(form),
+            form.blocks[2].conv_block.conv2.weight.is_contiguous(memory_format=torch.channels_last),
+        )
+
+    found = [traits(form) for form in exact_forms(toy()).values()]
+    alone = [tuple(place == number for place in range(4)) for number in range(4)]
+    assert found == [(False,) * 4, *alone, (True,) * 4]
+
+
+def test_rounding_to_eight_bits_is_off_by_half_a_step_at_most():
+    values = torch.randn(20, 33) * torch.logspace(-6, 3, 20)[:, None]
+    rounded, steps = to_int8(values)
+    assert rounded.dtype == torch.int8
+    assert (rounded.abs().amax(1) == 127).all()
+    assert ((rounded * steps - values).abs() <= steps * 0.5001).all()
+    zeros, step = to_int8(torch.zeros(2, 3))
+    assert not zeros.any()
+    assert step.isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_multiplies_the_rounded_numbers_exactly(bias):
+    linear, tokens = nn.Linear(32, 24, bias=bias), torch.randn(2, 9, 32)
+    small = Int8Linear(linear)
+    rounded = [part * steps for part, steps in (to_int8(linear.weight), to_int8(tokens[0]))]
+    expected = rounded[1] @ rounded[0].t() + (linear.bias if bias else 0)
+    torch.testing.assert_close(small(tokens)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(small(tokens), linear(tokens), rtol=0.1, atol=0.05)
+    assert count_parameters(small) == 0
+
+
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+@torch.no_grad()
+def test_quantized_linears_give_nearly_the_same(changes):
+    model, images = toy(**changes), images_of()
+    small = quantize_linears(model)
+    for found, expected in zip(small(images), model(images), strict=True):
+        if expected is not None:
+            assert (found - expected).norm() < 0.1 * expected.norm()
+    left = [name for name, part in small.named_modules() if isinstance(part, nn.Linear)]
+    assert set(left) <= {"conv_head.fc", "trans_head.fc"}
+    has_tokens = model.config.branches != "conv"
+    assert any(isinstance(part, Int8Linear) for part in small.modules()) == has_tokens
+    assert not any(isinstance(part, Int8Linear) for part in model.modules())
+    counted = [total(count_costs(form, images), "paper") for form in (small, model)]
+    assert counted[0] == counted[1]
+
+
+@torch.no_grad()
+def test_bfloat16_runs_under_autocast():
+    model, images = toy(), images_of()
+    exact, rounded = run(model, images), run(model, images, bfloat16=True)
+    assert not exact.conv.requires_grad
+    assert rounded.conv.dtype == torch.bfloat16
+    assert (rounded.trans - exact.trans).norm() < 0.1 * exact.trans.norm()
