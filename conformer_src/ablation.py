@@ -111,6 +111,12 @@ def open_images(name: str, test: int = 2000) -> tuple[Dataset, TensorImages]:
     return DrawnImages(label, 6400), scored
 
 
+def _require_variant(variant: str, variants: dict[str, dict]) -> None:
+    if variant not in variants:
+        names = ", ".join(variants)
+        raise ValueError(f"the study has no variant {variant!r}; choose one of {names}.")
+
+
 @dataclass(frozen=True)
 class Study:
     """Trainings that differ in one thing each."""
@@ -121,9 +127,7 @@ class Study:
 
     def plan(self, variant: str, seed: int) -> Recipe:
         """Return the recipe of a run; options of the model are added to those in common."""
-        if variant not in self.variants:
-            names = ", ".join(self.variants)
-            raise ValueError(f"the study has no variant {variant!r}; choose one of {names}.")
+        _require_variant(variant, self.variants)
         changes = dict(self.variants[variant])
         options = self.recipe.model_options | changes.pop("model_options", {})
         return replace(self.recipe, model_options=options, seed=seed, **changes)
@@ -279,16 +283,16 @@ class Comparison(NamedTuple):
     mean: float
     spread: float  # standard deviation over seeds; nan for a single one
     difference: float  # mean of the differences to the base with the same seed; 0 for the base
-    margin: float  # half the width of the 95 % interval of that mean
+    margin: float  # half the width of the 95 % interval of that mean; nan for the base
 
     @property
     def verdict(self) -> str:
         """Say "noise" where the interval of the difference has 0 in it."""
-        if self.margin == 0:
+        if math.isnan(self.margin):
             return "base"
-        if abs(self.difference) <= self.margin:
-            return "noise"
-        return "better" if self.difference > 0 else "worse"
+        if abs(self.difference) > self.margin:
+            return "better" if self.difference > 0 else "worse"
+        return "noise"
 
 
 def compare(rows: list[dict], data: str, head: str, base: str = "base") -> list[Comparison]:
@@ -313,5 +317,23 @@ def _against(base: dict[int, float], variant: str, own: dict[int, float]) -> Com
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     gap = (statistics.mean(shared), margin(shared)) if shared else (math.nan, math.inf)
     if own is base:
-        gap = (0.0, 0.0)
+        gap = (0.0, math.nan)
     return Comparison(variant, len(values), statistics.mean(values), spread, *gap)
+
+
+def plot_comparison(comparisons: Sequence[Comparison]) -> None:
+    """Draw each variant's mean difference to the base with its 95 % interval, noise in grey.
+
+    The base is the line at 0. Variants with fewer than two pairs have no interval and stay out.
+    """
+    import matplotlib.pyplot as plt  # here, so that importing the package stays quick
+
+    shown = [one for one in comparisons if one.verdict != "base" and math.isfinite(one.margin)]
+    colours = {"better": "#2f7d4f", "worse": "#b45309", "noise": "#8f8f8f"}
+    _, axis = plt.subplots(figsize=(7, 0.7 + 0.26 * len(shown)), layout="constrained")
+    axis.axvline(0, color="#1a1a1a", linewidth=1)
+    for place, one in enumerate(shown):
+        style = {"color": colours[one.verdict], "fmt": "o", "markersize": 5, "capsize": 3}
+        axis.errorbar(one.difference, place, xerr=one.margin, **style)
+    axis.set(yticks=range(len(shown)), yticklabels=[one.variant for one in shown])
+    axis.set(ylim=(len(shown) - 0.5, -0.5), xlabel="points above the base")
