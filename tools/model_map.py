@@ -24,6 +24,16 @@ LIT = {
     "07_weights": (ALL - {"image"}, "everything that holds weights"),
     "08_training": ({"heads"}, "the two heads, whose losses train everything"),
     "09_scaling": (ALL, "the whole model, a copy in each process"),
+    "10_ablation": ({"fcu", "heads"}, "what is switched off: the coupling units and the heads"),
+    "11_visualize": (
+        {"conv", "trans", "fcu"},
+        "the maps, the tokens, and what crosses between them",
+    ),
+    "12_robustness": (
+        {"image", "heads"},
+        "the image, which is turned and resized, and the answers",
+    ),
+    "13_cost": (ALL, "the whole model, weighed part by part"),
 }
 
 BLUE, ORANGE, GREEN, TEXT = "#1f5f99", "#b45309", "#2f7d4f", "#1a1a1a"
