@@ -51,7 +51,7 @@ SHIPPED = {
     "fashion-conformer": ("fashion", "base", "fashion"),
     "fashion-cnn": ("fashion", "CNN alone", "fashion"),
     "fashion-vit": ("fashion", "ViT alone", "fashion"),
-    "drawn-conformer": ("drawn", "base", "coupled"),
+    "drawn-conformer": ("drawn", "base", "additive"),
     "drawn-cnn": ("drawn", "CNN alone", "additive"),
     "drawn-vit": ("drawn", "ViT alone", "additive"),
 }

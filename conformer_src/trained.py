@@ -23,8 +23,8 @@ def load_trained(name: str) -> Conformer:
 
     The `fashion-` ones take images (B, 1, 32, 32) of Fashion-MNIST as `fashion_transform` makes
     them, the `drawn-` ones images (B, 1, 64, 64) of `local_global`. Each set has a Conformer, a CNN
-    and a ViT with about as many parameters. `drawn-conformer` knows the coupled label, the other
-    two the additive one.
+    and a ViT with about as many parameters. The drawn label is the additive one, which names both
+    cues: the CNN knows the corners, the ViT the bars, the Conformer both.
 
     Raises:
         ValueError: There is no such network.
