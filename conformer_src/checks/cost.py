@@ -1,6 +1,5 @@
 """Checks of the exercises of chapter 13, cost."""
 
-import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -119,50 +118,6 @@ def check_crossing(answer: Callable[[int, int, int, float], int]) -> str:
             words = _named(given, mistakes) or f"{given}; expected {right}"
             require(False, f"{words}{where}")
     return "the side from which tokens cost more to compare than to transform"
-
-
-def _slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the slope of the line of least squares."""
-    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
-    above = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
-    return above / sum((a - middle_x) ** 2 for a in x)
-
-
-@exercise
-def check_exponent(answer: Callable[[Sequence[float], Sequence[float]], float]) -> str:
-    """Check the exponent of a power law, fitted to measurements."""
-    sizes = [32.0, 64.0, 96.0, 192.0]
-    seconds = [
-        0.02 * size**1.7 * noise for size, noise in zip(sizes, (1.2, 0.9, 1.3, 1), strict=True)
-    ]
-    given = answer(list(sizes), list(seconds))
-    number = isinstance(given, int | float) or (isinstance(given, Tensor) and given.numel() == 1)
-    require(number, f"the exponent is one number, not a {type(given).__name__}")
-    x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
-    right = _slope(x, y)
-    products = sum(a * b for a, b in zip(x, y, strict=True))
-    mistakes = {
-        "a slope on linear axes is seconds per pixel: take logarithms of both": (
-            _slope(sizes, seconds)
-        ),
-        "the sizes are not in logarithms yet": _slope(sizes, y),
-        "the costs are not in logarithms yet": _slope(x, seconds),
-        "the axes are exchanged: the cost depends on the size": _slope(y, x),
-        "only the two ends are used; fit all measurements": (y[-1] - y[0]) / (x[-1] - x[0]),
-        "the line need not go through the origin: it has a constant too": (
-            products / sum(a * a for a in x)
-        ),
-        "that is the ratio of costs; divide its logarithm by that of the sizes": (
-            seconds[-1] / seconds[0]
-        ),
-    }
-    for words, wrong in mistakes.items():
-        require(not math.isclose(given, wrong, rel_tol=1e-4), words)
-    close = math.isclose(given, right, rel_tol=1e-4)
-    require(close, f"{float(given):.4f}; the line of least squares has slope {right:.4f}")
-    exact = answer([1.0, 2.0, 4.0], [5.0, 20.0, 80.0])
-    require(math.isclose(exact, 2, rel_tol=1e-4), f"5 n² has exponent 2, not {float(exact):.4f}")
-    return "the slope of the straight line on two logarithmic axes"
 
 
 class _Staged(nn.Module):

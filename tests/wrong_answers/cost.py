@@ -29,20 +29,6 @@ def _crossing(cheap, result="grid * patch_size"):
     return _CROSSING.format(cheap=cheap, result=result)
 
 
-_EXPONENT = """
-def my_exponent(sizes, costs):
-    x = torch.tensor(sizes, dtype=torch.float64)
-    y = torch.tensor(costs, dtype=torch.float64)
-    {logs}
-    return {result}
-"""
-_SLOPE = "((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()"
-
-
-def _exponent(logs="x, y = x.log(), y.log()", result=_SLOPE):
-    return _EXPONENT.format(logs=logs, result=result)
-
-
 _STOPWATCH = """
 def my_stopwatch(model, images, rounds, clock):
     was, seconds = model.training, []
@@ -117,18 +103,6 @@ WRONG = {
         (_crossing(f"{_TOKENS} <= 6 * embed_dim"), "not always 4 x E"),
         (_crossing(f"{_TOKENS} <= (2 + mlp_ratio) * embed_dim", "grid"), "pixels wide"),
         (_crossing(f"{_TOKENS} <= embed_dim"), "expected 944"),
-    ],
-    "check_exponent": [
-        (_exponent("pass"), "a slope on linear axes"),
-        (_exponent("y = y.log()"), "the sizes are not in logarithms"),
-        (_exponent("x = x.log()"), "the costs are not in logarithms"),
-        (_exponent("x, y = y.log(), x.log()"), "the axes are exchanged"),
-        (_exponent(result="(y[-1] - y[0]) / (x[-1] - x[0])"), "only the two ends"),
-        (_exponent(result="(x * y).sum() / x.square().sum()"), "through the origin"),
-        (_exponent("pass", "y[-1] / y[0]"), "the ratio of costs"),
-        (_exponent(result=f"{_SLOPE} + 1"), "the line of least squares has slope"),
-        (_exponent(result=f"{_SLOPE} if len(sizes) == 4 else x[0]"), "has exponent 2"),
-        (_exponent(result="x"), "is one number"),
     ],
     "check_stopwatch": [
         (_FAULTY, "training mode"),
