@@ -251,17 +251,18 @@ def _features_after(model: Conformer, images: Tensor, after: int) -> Features:
 def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
     """Follow attention through blocks: entry [b, n, m] says how much of m arrives at n, (B, N, N).
 
-    Heads are averaged; the residual sum keeps half of a token as it is; each block mixes what the
-    one before has mixed (Abnar and Zuidema 2020). Each row sums to 1. Nothing else is followed:
+    Heads are averaged; half of each residual sum counts as the token itself; each block mixes what
+    the one before has mixed (Abnar and Zuidema 2020). Each row sums to 1. Nothing else is followed:
     neither the values, nor the MLPs, nor what crosses between the branches.
 
     Args:
         attentions: weights (B, h, N, N) of block 1, 2, and so on, at least one.
     """
-    if not attentions or any(part is None or part.ndim != 4 for part in attentions):
+    fit = [part is not None and part.ndim == 4 for part in attentions]
+    if not (fit and all(fit)) or len({part.shape[::2] for part in attentions}) > 1:
         raise ValueError(
-            "attention_rollout needs weights (B, h, N, N) of at least one block; take them from "
-            "record_blocks, of a model with a transformer branch."
+            "attention_rollout needs weights (B, h, N, N) of blocks that mix the same tokens; "
+            "take them from record_blocks, of a model with a transformer branch."
         )
     arrived = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     for weights in attentions:
@@ -290,7 +291,7 @@ def relevance(model: Conformer, images: Tensor, target: Any = None) -> Tensor:
     """Return how far patches speak for a class of the transformer head, (B, rows, columns).
 
     As `attention_rollout`, but each weight is multiplied by the gradient of the class's logit and
-    counts only if that is positive (Chefer, Gur and Wolf 2021, section 3.1): R = R + A R.
+    counts only if that is positive (Chefer, Gur and Wolf, ICCV 2021): R = R + A R.
 
     Raises:
         ValueError: There is no transformer branch, or no such class.

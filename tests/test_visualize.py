@@ -557,7 +557,11 @@ def test_other_types_are_refused(refusing):
         relevance(nn.Linear(2, 2), images_for(TOY))
 
 
-@pytest.mark.parametrize("attentions", [[], [None], [torch.ones(2, 3, 3)]], ids=str)
+@pytest.mark.parametrize(
+    "attentions",
+    [[], [None], [torch.ones(2, 3, 3)], [torch.ones(2, 1, 3, 3), torch.ones(2, 1, 4, 4)]],
+    ids=["none", "None", "no heads", "other tokens"],
+)
 def test_rollout_needs_attention(attentions):
     with pytest.raises(ValueError, match=r"^attention_rollout needs weights \(B, h, N, N\)[^\n]*$"):
         attention_rollout(attentions)
