@@ -34,10 +34,10 @@ from conformer_src.cost import (
     branch_of,
     count_costs,
     exact_forms,
-    fit_exponent,
     gains,
     kept_bytes,
     machine_limits,
+    measure_growth,
     optimize_for_inference,
     part_of,
     quantize_linears,
@@ -139,15 +139,13 @@ def growth(name: str, rounds: int) -> dict:
     found = {}
     for what, (sizes, case) in GROWTH.items():
         cases = {size: case(size) for size in sizes}
-        forms = {size: partial(run, *pair) for size, pair in cases.items()}
-        seconds = [min(times) for times in race(forms, rounds, time.process_time).values()]
-        macs = [sum(cost.macs("ours") for cost in count_costs(*pair)) for pair in cases.values()]
+        grown = measure_growth(cases, rounds, time.process_time)
         found[what] = {
-            "sizes": list(sizes),
-            "macs": macs,
-            "ms": [round(1000 * value, 2) for value in seconds],
-            "predicted": round(fit_exponent(sizes, macs), 3),
-            "measured": round(fit_exponent(sizes, seconds), 3),
+            "sizes": grown.sizes,
+            "macs": grown.macs,
+            "ms": [round(1000 * seconds, 2) for seconds in grown.seconds],
+            "predicted": round(grown.predicted, 3),
+            "measured": round(grown.measured, 3),
         }
     return found
 

@@ -297,12 +297,16 @@ class Growth(NamedTuple):
     measured: float  # exponent of the seconds
 
 
-def measure_growth(cases: Mapping[float, tuple[Conformer, Tensor]], rounds: int = 3) -> Growth:
-    """Measure one model and its images (B, in_chans, H, W) for each size, in turns."""
+def measure_growth(
+    cases: Mapping[float, tuple[Conformer, Tensor]],
+    rounds: int = 3,
+    clock: Callable = time.perf_counter,
+) -> Growth:
+    """Race one model and its images (B, in_chans, H, W) for each size."""
     counted = [count_costs(*case) for case in cases.values()]
     macs = [sum(cost.macs("ours") for cost in costs) for costs in counted]
     forms = {size: partial(run, *case) for size, case in cases.items()}
-    seconds = [min(times) for times in race(forms, rounds).values()]
+    seconds = [min(times) for times in race(forms, rounds, clock).values()]
     exponents = fit_exponent(cases, macs), fit_exponent(cases, seconds)
     return Growth(list(cases), macs, seconds, *exponents)
 
