@@ -214,10 +214,7 @@ def count_costs(model: Conformer, images: Tensor) -> list[Cost]:
 
 
 def sum_costs(costs: Iterable[Cost], by: Callable[[str], object]) -> dict[object, Counter]:
-    """Add up costs by what a function says of names: `part_of`, `block_of` or `branch_of`.
-
-    Each sum counts "parameters", the multiply-accumulates in each of the `WAYS`, and "bytes".
-    """
+    """Add up "parameters", "bytes" and each of the `WAYS`, by `part_of`, `branch_of` or the like."""
     sums: dict[object, Counter] = {}
     for cost in costs:
         found = {way: cost.macs(way) for way in WAYS}
@@ -422,8 +419,7 @@ def machine_limits(
 ) -> Limits:
     """Measure how fast a device multiplies matrices of this side, and copies 16 of them."""
     matrix = torch.randn(side, side, device=device)
-    source = matrix.repeat(16, 1, 1)
-    target = torch.empty_like(source)
+    source, target = (matrix.repeat(16, 1, 1) for _ in range(2))
     forms = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
     product, copying = (min(seconds) for seconds in race(forms, clock=clock).values())
     return Limits(side**3 / product, 2 * source.nbytes / copying)
