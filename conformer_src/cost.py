@@ -214,7 +214,7 @@ def count_costs(model: Conformer, images: Tensor) -> list[Cost]:
 
 
 def sum_costs(costs: Iterable[Cost], by: Callable[[str], object]) -> dict[object, Counter]:
-    """Add up "parameters", "bytes" and each of the `WAYS`, by `part_of`, `branch_of` ...."""
+    """Add up "parameters", "bytes" and each of the `WAYS`, by `part_of`, `branch_of`, etc."""
     sums: dict[object, Counter] = {}
     for cost in costs:
         found = {way: cost.macs(way) for way in WAYS}
