@@ -597,7 +597,7 @@ def listed(notebook: NotebookNode, path: Path) -> list[str]:
             ["23,523", "23.6 thousand", "65504", "1.28 million"],
         ),
         ("It takes 5.2 G, 5.23 G, 5.2 billion.", []),
-        ("It takes 5.3 G.", ["5.3 G"]),
+        ("It takes 5.2 or 5.3 G, not 5.2 and 5 G.", ["5.3 G", "5.2"]),
         ("A rate of 0.87 and 14.5 %.", ["0.87"]),
         # what shows what
         ("The column says 66 %, a line 14.5 %.", []),

@@ -164,7 +164,8 @@ def _placed_numbers(text: str) -> Iterator[tuple[int, Number]]:
         places = len(match["places"] or ".") - 1 - int(match["power"] or 0)
         if following and not unit:  # in "81, 83 and 84 %" the unit belongs to each
             start, next_number = following
-            alike = next_number.scale < 1 and next_number.places == places
+            # So it is in "5.2 or 5.3 G", but "3 or 5 million" may mean three.
+            alike = next_number.places == places and (places or next_number.scale < 1)
             if alike and LIST.fullmatch(text, match.end(), start):
                 name = next_number.unit
         value = float(match[0].replace(",", ""))
