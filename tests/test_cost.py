@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import json
 import math
+import runpy
 from functools import cache, partial
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -48,6 +51,7 @@ from conformer_src.weights import official_name
 
 matplotlib.use("Agg")
 
+BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/cost.py"))
 TOY = {"num_classes": 10, "channel_ratio": 0.25, "embed_dim": 48, "depth": 6, "num_heads": 3}
 CHOICES = [
     {},
@@ -578,3 +582,40 @@ def test_bfloat16_runs_under_autocast():
     assert not exact.conv.requires_grad
     assert rounded.conv.dtype == torch.bfloat16
     assert (rounded.trans - exact.trans).norm() < 0.1 * exact.trans.norm()
+
+
+def test_the_benchmark_replaces_the_row_that_it_measures_again(tmp_path):
+    path = tmp_path / "results" / "cost.json"
+    for part, model, found in (("roof", "tiny", 1), ("counts", "tiny", 2), ("roof", "tiny", 3)):
+        BENCHMARK["store"](path, {"part": part, "model": model, "found": found})
+    rows = BENCHMARK["stored"](path)
+    assert [(row["part"], row["found"]) for row in rows] == [("counts", 2), ("roof", 3)]
+    assert [file.name for file in path.parent.iterdir()] == ["cost.json"]
+
+
+def test_the_benchmarks_table_shows_each_form_but_the_first():
+    found = {"plain": {"ratio": 1.0, "spread": 0.0}, "fast": {"ratio": 1.234, "spread": 0.056}}
+    rows = [{"part": "exact", "model": model, "found": found} for model in ("micro", "tiny")]
+    assert BENCHMARK["race_table"](rows, "exact").splitlines()[2:] == [
+        "| fast | 1.23 ± 0.06 | 1.23 ± 0.06 |"
+    ]
+    for name, table in BENCHMARK["tables"]([]).items():
+        assert len(table.splitlines()) == 2, name
+
+
+def test_a_race_of_the_benchmark_says_how_far_the_logits_are_off(monkeypatch):
+    monkeypatch.setitem(BENCHMARK["SIZES"], "micro", (2, 32))
+    exact, inexact = (BENCHMARK[part]("micro", 2) for part in ("exact", "inexact"))
+    assert all(form["deviation"] < 1e-4 for form in exact.values())
+    assert 1e-4 < inexact["int8 linear maps"]["deviation"] < 0.2
+    assert next(iter(exact.values()))["ratio"] == next(iter(inexact.values()))["ratio"] == 1
+
+
+def test_the_stored_counts_are_those_of_today():
+    result = json.loads(BENCHMARK["RESULT"].read_text())
+    assert result["command"] == "python benchmarks/cost.py"
+    assert {"processor", "machine", "seed", "versions"} <= result.keys()
+    assert all({"date", "rounds", "load"} <= row.keys() for row in result["rows"])
+    counted = BENCHMARK["find"](result["rows"], "counts", "tiny")
+    for name in VARIANTS:
+        assert counted[name] == {way: total(costs_of(name), way) for way in WAYS}
