@@ -107,7 +107,7 @@ def kinds_of(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> dic
         case nn.Conv2d():
             biases = output.numel() * (module.bias is not None)
             return {"conv": output.numel() * module.weight[0].numel(), "bias": biases}
-        case nn.Linear() | Int8Linear():
+        case nn.Module(in_features=int()):  # linear maps, of 8 bits or more
             return {"head" if "head" in name else "linear": output.numel() * module.in_features}
         case Attention():  # two products: N numbers for each entry of (B, N, E)
             return {"attention": 2 * output.numel() * output.shape[1]}
