@@ -1,6 +1,8 @@
 """Chapter 10's module: studies, runs that are not repeated, comparisons; and what is stored."""
 
+import json
 import math
+import re
 import statistics
 from dataclasses import replace
 from itertools import islice
@@ -16,6 +18,7 @@ from torch import nn
 from conformer_src import ablation
 from conformer_src.ablation import (
     DATASETS,
+    DRAWN_LABELS,
     HEADS,
     STUDENT_T,
     Comparison,
@@ -92,12 +95,17 @@ def test_the_shipped_images_are_those_of_chapter_1_and_all_are_used():
         assert test[index][1] == label
 
 
-@pytest.mark.parametrize("name", ["additive", "coupled"])
+@pytest.mark.parametrize("name", DRAWN_LABELS)
 def test_drawn_images_come_with_the_label_of_their_name(name):
     train, test = open_images(name, test=5)
     drawn = local_global(5, seed=ablation.TEST_SEED)
     assert torch.equal(test.images, drawn.images)
-    assert torch.equal(test.labels, getattr(drawn, f"{name}_label")())
+    expected = {
+        "corners": 2 * drawn.rotation,
+        "additive": drawn.additive_label(),
+        "coupled": drawn.coupled_label(),
+    }
+    assert torch.equal(test.labels, expected[name])
     assert len(train) == 6_400
     assert len(train.classes) == len(test.classes) == 8
 
@@ -105,7 +113,7 @@ def test_drawn_images_come_with_the_label_of_their_name(name):
 def test_an_unknown_data_set_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"^there is no data set 'garments'; choose one of fash"):
         open_images("garments")
-    assert DATASETS == ("fashion", "additive", "coupled")
+    assert DATASETS == ("fashion", "corners", "additive", "coupled")
 
 
 def test_half_of_the_training_images_are_mirrored_and_the_source_stays():
@@ -125,7 +133,7 @@ def test_half_of_the_training_images_are_mirrored_and_the_source_stays():
 @pytest.mark.parametrize("kind", ["memory", "drawn"])
 def test_batches_are_equal_for_equal_seeds_and_go_on_from_any_step(kind):
     images = open_images("additive", test=12)[kind == "memory"]
-    images = images if kind == "memory" else DrawnImages("additive_label", 12)
+    images = images if kind == "memory" else DrawnImages("additive", 12)
     recipe = replace(RECIPE, epochs=2)
     whole = batches(images, recipe)
     assert len(whole) == 6
@@ -145,14 +153,10 @@ def test_accumulation_cuts_a_batch_in_parts():
 
 def test_drawn_images_never_come_a_second_time_and_are_none_of_the_test():
     recipe = replace(RECIPE, epochs=3)
-    seen = [
-        part[0] for parts in batches(DrawnImages("coupled_label", 12), recipe) for part in parts
-    ]
+    seen = [part[0] for parts in batches(DrawnImages("coupled", 12), recipe) for part in parts]
     flat = torch.cat([*seen, local_global(20, seed=ablation.TEST_SEED).images]).flatten(1)
     assert len(flat.unique(dim=0)) == len(flat)
-    labels = torch.cat(
-        [p[1] for ps in batches(DrawnImages("coupled_label", 64), recipe) for p in ps]
-    )
+    labels = torch.cat([p[1] for ps in batches(DrawnImages("coupled", 64), recipe) for p in ps])
     assert set(labels.tolist()) == {0, 1, 2, 3}
 
 
@@ -522,3 +526,83 @@ def test_the_plot_has_a_row_for_each_interval_and_noise_in_grey():
     ]
     assert [float(bar.lines[0].get_xdata()[0]) for bar in axis.containers] == [2, -2, 0.1]
     plt.close()
+
+
+# What is stored, and what chapter 10 shows of it
+
+CHAPTER = ROOT / "chapters" / "10_ablation.ipynb"
+STORED = ROOT / "benchmarks" / "results" / "ablation.json"
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """The chapter's code in one text, and its prose."""
+    cells = json.loads(CHAPTER.read_text())["cells"]
+    kinds = ("code", "markdown")
+    return ["\n".join("".join(c["source"]) for c in cells if c["cell_type"] == k) for k in kinds]
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads(STORED.read_text())
+
+
+def counts_in(code, name):
+    """Read a block of the chapter: (variant, seed) -> right answers of each head."""
+    block = re.search(rf'{name} = """\n(.*?)\n"""', code, re.DOTALL)[1]
+    found = {}
+    for line in block.split("\n"):
+        counts = line[24:].split()
+        for seed in range(runs := len(counts) // 3):
+            if counts[2 * runs + seed] != "-":
+                found[line[:24].strip(), seed] = counts[seed::runs]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "study", "data"),
+    [("GARMENTS", "fashion", "fashion"), ("COUPLED", "drawn", "coupled")],
+)
+def test_the_chapter_computes_with_what_is_stored(sources, stored, name, study, data):
+    expected = {
+        (row["variant"], row["seed"]): [
+            "-" if row["scores"][data][head] is None else str(round(20 * row["scores"][data][head]))
+            for head in HEADS
+        ]
+        for row in stored["rows"][study]
+    }
+    assert counts_in(sources[0], name) == expected
+
+
+def test_the_chapter_says_in_how_many_runs_a_head_knows_a_cue(sources, stored):
+    rows = stored["rows"]["drawn"]
+    for variant in drawn_study().variants:
+        own = [row["cues"] for row in rows if row["variant"] == variant]
+        if own:
+            line = f"| {variant} | " + " | ".join(map(known, cues_of(own))) + " |"
+            assert line in sources[1]
+
+
+def cues_of(own):
+    """Yield what the CNN's head and the transformer's know in each run: (corners, bars)."""
+    return [[cues[head] for cues in own if head in cues] for head in ("conv", "trans")]
+
+
+def known(pairs):
+    """Count the runs in which a head is more than half the way from chance to certainty."""
+    if not pairs:
+        return ""
+    corners, bars = (sum(pair[at] > limit for pair in pairs) for at, limit in ((0, 62.5), (1, 75)))
+    return f"corners in {corners}, bars in {bars} of {len(pairs)}"
+
+
+def test_what_is_stored_can_be_rebuilt_and_says_where_it_comes_from(stored):
+    assert stored["command"] == "python benchmarks/ablation.py"
+    assert {"torch", "torchvision", "accelerate"} <= set(stored["versions"])
+    assert stored["processor"]
+    for name, study in (("fashion", fashion_study()), ("drawn", drawn_study())):
+        assert stored["studies"][name]["phases"] == study.phases
+        for row in stored["rows"][name]:
+            assert row["variant"] in study.variants
+            assert set(row["scores"]) == set(study.phases)
+            assert re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
