@@ -138,7 +138,7 @@ def _order(down: FCUDown, maps: Tensor, output: Tensor) -> dict[str, int]:
 @contextmanager
 def _watched(model: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
     """Call `enter(name, module, inputs)` before each module runs, and `leave` after it."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if hasattr(model, "_orig_mod"):
         raise ValueError("a compiled model runs as one piece; give the model as it was before.")
     handles = []
     for name, part in model.named_modules():
@@ -388,7 +388,8 @@ def _around(name: str) -> Iterator[str]:
 def kept_bytes(model: Conformer, images: Tensor) -> Counter:
     """Return the bytes that each part keeps for the backward pass of a training step.
 
-    What several parts keep is counted for the first; parameters are not counted.
+    What several parts keep is counted for the first; parameters are not counted. With
+    checkpointing, what enters the blocks belongs to no part: its name is "".
     """
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept, running, alive = Counter(), [], []  # alive: else a freed address could come back

@@ -395,11 +395,15 @@ def test_kept_bytes_grow_with_the_batch():
     assert two == pytest.approx(2 * one, rel=0.05)
 
 
-def test_checkpointing_keeps_less():
-    model, images = toy(), images_of()
-    plain = sum(kept_bytes(model, images).values())
+def test_checkpointing_keeps_little_more_than_what_enters_the_blocks():
+    model, images = small(), images_of()
+    plain = kept_bytes(model, images)
     model.checkpointing = True
-    assert sum(kept_bytes(model, images).values()) < 0.5 * plain
+    kept = kept_bytes(model, images)
+    assert not any(name.startswith("blocks") for name in kept)
+    assert kept["entry.stem"] == plain["entry.stem"]
+    in_blocks = sum(count for name, count in plain.items() if name.startswith("blocks"))
+    assert 0 < kept[""] < 0.25 * in_blocks
 
 
 def test_a_compiled_model_is_refused_by_what_looks_into_it():
@@ -462,7 +466,7 @@ def test_attention_grows_with_the_fourth_power_of_the_side_and_the_rest_with_the
     convolutions = [sum(each.counts["conv"] for each in costs) for costs in found]
     attention = [sum(each.counts["attention"] for each in costs) for costs in found]
     assert fit_exponent(sides, convolutions) == pytest.approx(2)
-    assert fit_exponent(sides, attention) == pytest.approx(4, abs=0.02)  # the class token
+    assert fit_exponent(sides, attention) == pytest.approx(4, abs=0.03)  # the class token
 
 
 def test_a_device_shows_its_limits():
