@@ -33,6 +33,7 @@ from conformer_src.data import FASHION_MEAN, FASHION_STD
 from conformer_src.robustness import (
     accuracy_curve,
     black_level,
+    over_seeds,
     reframe,
     refresh_norms,
     resize,
@@ -47,8 +48,8 @@ NAMES = {  # variant of the study -> what chapter 12 calls it
     "base": "Conformer",
     "CNN alone": "CNN",
     "ViT alone": "ViT",
-    "no coupling": "Conformer, no coupling",
-    "positions": "Conformer, positions",
+    "no coupling": "no coupling",
+    "positions": "positions",
 }
 TRAINED = 32  # pixels
 BLACK = black_level(FASHION_MEAN, FASHION_STD)
@@ -194,6 +195,16 @@ def difference_table(rows: list[dict], name: str, trained: int) -> str:
     values = curve_of(rows[0], name)
     title = f"| kept, against | seeds | {' | '.join(map(str, values))} |"
     return "\n".join([title, f"|{'---|' * (len(values) + 2)}", *lines])
+
+
+def compact(rows: list[dict], name: str) -> dict[str, str]:
+    """Return a curve of all networks as chapter 12 draws it: mean±deviation at each value."""
+    lines = {"values": " ".join(rows[0]["curves"][name])}
+    for variant, words in NAMES.items():
+        if own := seeds_of(rows, variant):
+            spreads = over_seeds([curve_of(row, name) for row in own.values()]).values()
+            lines[words] = " ".join(f"{one.mean:.1f}±{one.deviation:.1f}" for one in spreads)
+    return lines
 
 
 def tables(rows: list[dict]) -> str:

@@ -29,8 +29,8 @@ _STYLES = {  # colour and marker
     "Conformer": ("#2f7d4f", "o"),
     "CNN": ("#1f5f99", "s"),
     "ViT": ("#b45309", "^"),
-    "Conformer, no coupling": ("#5f5f5f", "x"),
-    "Conformer, positions": ("#7b3294", "D"),
+    "no coupling": ("#5f5f5f", "x"),
+    "positions": ("#7b3294", "D"),
 }
 
 
