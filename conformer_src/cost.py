@@ -233,8 +233,8 @@ def race(
     """
     _require_rounds(rounds, 2)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
+    gc.collect()
     for number in range(rounds + 1):
-        gc.collect()
         for name, run in list(forms.items())[:: 1 if number % 2 else -1]:
             start = _now(clock)
             run()
