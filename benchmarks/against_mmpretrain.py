@@ -33,6 +33,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conformer_src import create_model, optimize_for_inference
+from conformer_src.cost import kept_bytes
 from conformer_src.weights import mmpretrain_name
 
 PEERS = {
@@ -143,25 +144,6 @@ def training_step(model: nn.Module, batch: Tensor, checkpointing: bool = False) 
     return run
 
 
-def held_bytes(model: nn.Module, batch: Tensor) -> int:
-    """Return how many bytes autograd keeps for the backward pass, the parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
-    alive = []  # else a freed storage's address could come back
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(batch)
-    del logits
-    return sum(held.values())
-
-
 def peak_memory(side: str, name: str, batch: int, threads: int) -> int:
     """Return by how many bytes two training steps raise the peak of this process's memory."""
     torch.set_num_threads(threads)
@@ -255,12 +237,12 @@ def memory_rows(name: str, batch: int, threads: int) -> list[Row]:
     """Compare what the backward pass needs, and the peak of a training step."""
     own, other = ours(name).train().to(memory_format=torch.channels_last), peer(name).train()
     last, megabyte = images(batch, channels_last=True), 1e6
-    theirs = held_bytes(other, images(batch)) / megabyte
+    theirs = kept_bytes(other, images(batch)).total() / megabyte
     bar = {"tiny": 1.15, "small": 1.08}.get(name)
     what = "held for the backward pass"
-    rows = [Row(name, what, batch, "MB", theirs, held_bytes(own, last) / megabyte, bar)]
+    rows = [Row(name, what, batch, "MB", theirs, kept_bytes(own, last).total() / megabyte, bar)]
     own.checkpointing = True
-    kept = held_bytes(own, last) / megabyte
+    kept = kept_bytes(own, last).total() / megabyte
     rows.append(Row(name, f"{what}, ours checkpointed", batch, "MB", theirs, kept, 2.5))
     del own, other
     gc.collect()
