@@ -173,28 +173,36 @@ def accuracy_table(rows: list[dict], name: str, head: str = "sum") -> str:
     return "\n".join([title, f"|{'---|' * (len(values) + 2)}", *lines])
 
 
-def difference_table(rows: list[dict], name: str, trained: int) -> str:
+def kept(rows: list[dict], name: str, trained: int) -> dict[str, str]:
     """Return by how many points the Conformer keeps more of its accuracy than each other network.
 
     The margins are the 95 % intervals over seeds; a star marks where 0 lies outside.
     """
-    base, lines = seeds_of(rows, "base"), []
+    base, lines = seeds_of(rows, "base"), {"values": " ".join(rows[0]["curves"][name])}
     for variant, words in list(NAMES.items())[1:]:
         other = seeds_of(rows, variant)
         pairs = [
             [retention(curve_of(row, name), trained) for row in (base[seed], other[seed])]
-            for seed in base.keys() & other.keys()
+            for seed in sorted(base.keys() & other.keys())
         ]
         cells = []
         for value in pairs[0][0] if pairs else ():
             gaps = [own[value] - others[value] for own, others in pairs]
             mean, half = statistics.mean(gaps), margin(gaps)
-            cells.append(f"{mean:+.1f} ± {half:.1f}{' *' if abs(mean) > half else ''}")
+            cells.append(f"{mean:+.1f}±{half:.1f}{'*' if abs(mean) > half else ''}")
         if cells:
-            lines.append(f"| {words} | {len(pairs)} | {' | '.join(cells)} |")
-    values = curve_of(rows[0], name)
-    title = f"| kept, against | seeds | {' | '.join(map(str, values))} |"
-    return "\n".join([title, f"|{'---|' * (len(values) + 2)}", *lines])
+            lines[words] = " ".join(cells)
+    return lines
+
+
+def difference_table(rows: list[dict], name: str, trained: int) -> str:
+    """Return what `kept` says in Markdown."""
+    lines = [
+        f"| {words} | {' | '.join(cells.split())} |"
+        for words, cells in kept(rows, name, trained).items()
+    ]
+    rule = f"|{'---|' * (lines[0].count('|') - 1)}"
+    return "\n".join([lines[0].replace("values", f"kept, {name}, against"), rule, *lines[1:]])
 
 
 def compact(rows: list[dict], name: str) -> dict[str, str]:
@@ -264,6 +272,7 @@ def main() -> int:
         model = load_model(folder / f"{key}-fashion.safetensors")
         row = {"variant": variant, "seed": seed, "key": key, "date": date.today().isoformat()}
         row["curves"] = measured(model, parts=variant in ("base", "CNN alone", "ViT alone"))
+        rows = stored(arguments.json)  # another process may have added to it
         rows = [r for r in rows if (r["variant"], r["seed"]) != (variant, seed)]
         store(arguments.json, [*rows, row])
         print(f"{NAMES[variant]}, seed {seed}: stored", flush=True)

@@ -1,8 +1,11 @@
 """Scale and rotation: what the changes do to images, and what curves say about a network."""
 
 import copy
+import json
 import math
+import runpy
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from conformer_src.ablation import fashion_study
 from conformer_src.conformer import VARIANTS, Conformer, ConformerConfig, create_model
 from conformer_src.data import FASHION_MEAN, FASHION_STD, FashionSubset, fashion_transform
 from conformer_src.robustness import (
@@ -26,6 +30,7 @@ from conformer_src.robustness import (
 )
 from conformer_src.training import Scores, evaluate
 
+ROOT = Path(__file__).resolve().parents[1]
 TOY = {"num_classes": 10, "channel_ratio": 0.25, "embed_dim": 24, "depth": 3, "num_heads": 3}
 CHOICES = [
     *({"patch_size": side, "pad": pad} for side in (16, 32) for pad in (False, True)),
@@ -339,3 +344,62 @@ def test_too_few_images_for_statistics_are_refused():
     with pytest.raises(ValueError, match="at least two images, not 1") as error:
         refresh_norms(toy(), torch.randn(1, 3, 64, 64))
     assert one_sentence(error)
+
+
+# The chapter and the stored result
+
+
+def chapter_cells(kind):
+    cells = json.loads((ROOT / "chapters/12_robustness.ipynb").read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+
+
+def test_the_chapter_shows_the_stored_curves():
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/robustness.py"))
+    rows = benchmark["stored"](benchmark["RESULT"])
+    assert rows
+    (cell,) = (cell for cell in chapter_cells("code") if "\nSTORED = " in cell)
+    shown = {}
+    exec(cell, shown)
+    assert len({row["seed"] for row in rows}) == shown["SEEDS"]
+    assert shown["STORED"] == {
+        "pixels": benchmark["compact"](rows, "size"),
+        "degrees": benchmark["compact"](rows, "angle"),
+    }
+    (cell,) = (cell for cell in chapter_cells("code") if cell.startswith("KEPT = "))
+    exec(cell, shown)
+    assert shown["KEPT"] == {
+        "pixels": benchmark["kept"](rows, "size", 32),
+        "degrees": benchmark["kept"](rows, "angle", 0),
+    }
+
+
+def test_stored_rows_say_where_they_come_from():
+    result = json.loads((ROOT / "benchmarks/results/robustness.json").read_text())
+    assert {"command", "processor", "machine", "versions", "images"} <= result.keys()
+    study = fashion_study()
+    for row in result["rows"]:
+        assert row["key"] == study.key(row["variant"], row["seed"])
+        assert row["date"]
+        heads = row["curves"]["size"]["32"]
+        assert heads == pytest.approx(row["curves"]["angle"]["0"], abs=0.2, nan_ok=True)
+
+
+def test_the_difference_is_paired_by_seed_and_starred_beyond_its_interval():
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/robustness.py"))
+
+    def row(variant, seed, *right):
+        heads = {"16": right[0], "32": right[1]}
+        curve = {v: {"conv": None, "trans": None, "sum": r} for v, r in heads.items()}
+        return {"variant": variant, "seed": seed, "curves": {"size": curve}}
+
+    rows = [row("base", s, 40.0 + s, 80.0) for s in range(3)]
+    rows += [row("CNN alone", s, 20.0 + s, 80.0) for s in range(3)]
+    rows += [row("ViT alone", s, 40.0 + s * s, 80.0) for s in range(3)]
+    found = benchmark["kept"](rows, "size", 32)
+    assert found["CNN"] == "+25.0±0.0* +0.0±0.0"
+    assert "*" not in found["ViT"]
+    table = benchmark["difference_table"](rows, "size", 32).splitlines()
+    assert table[0] == "| kept, size, against | 16 | 32 |"
+    assert table[2] == "| CNN | +25.0±0.0* | +0.0±0.0 |"
+    assert benchmark["compact"](rows, "size")["CNN"] == "21.0±1.0 80.0±0.0"
