@@ -74,6 +74,9 @@ test-peers: peers ## compare with OpenMMLab's Conformer, in an environment of it
 bench: $(VENV)/.test peers ## measure what the README states: hours, on an idle machine
 	$(BIN)/python benchmarks/reader_costs.py
 	$(BIN)/python benchmarks/training.py || true # 1 if a bar is missed; stored runs are not repeated
+	$(BIN)/python benchmarks/ablation.py # stored runs are not repeated
+	$(BIN)/python benchmarks/robustness.py # with the runs of the line above
+	$(BIN)/python benchmarks/cost.py
 	$(PEERS)/bin/python benchmarks/against_mmpretrain.py --json benchmarks/results/against_mmpretrain.json
 
 peers:

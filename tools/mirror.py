@@ -31,13 +31,12 @@ MARKER = re.compile(r"# conformer_src/([\w/]+)\.py")
 ALMOST = re.compile(r"\s*#+\s*conformer_src[./\\][\w./\\]+[\s:]*", re.IGNORECASE)
 CHAPTER = re.compile(r"(\d\d)_(\w+)")
 MAGIC = re.compile(r"^\s*[%!?]", re.MULTILINE)
-# Modules without a chapter; cost is there before chapter 13 tells its story.
+# Modules without a chapter.
 FREE = {
     "__init__",
     "checkpoints",
     "cli",
     "commands",
-    "cost",
     "files",
     "hub",
     "inputs",
