@@ -179,11 +179,13 @@ def main() -> int:
         name, variant, seed = arguments.again
         return again(STUDIES[name](), stored(arguments.json)[name], variant, int(seed))
     if not arguments.table:
-        for name in arguments.study:
-            study = STUDIES[name]()
-            kept = {v: c for v, c in study.variants.items() if v in (arguments.variants or [v])}
-            run_all(replace(study, variants=kept), arguments.seeds, arguments.folder)
-        store(arguments.json, arguments.folder)
+        try:
+            for name in arguments.study:
+                study = STUDIES[name]()
+                kept = {v: c for v, c in study.variants.items() if v in (arguments.variants or [v])}
+                run_all(replace(study, variants=kept), arguments.seeds, arguments.folder)
+        finally:  # also what ended before a Ctrl-C
+            store(arguments.json, arguments.folder)
     rows = stored(arguments.json)
     for name in arguments.study:
         for data in STUDIES[name]().phases:
