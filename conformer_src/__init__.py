@@ -35,6 +35,7 @@ from conformer_src.fcu import FCUDown, FCUUp
 from conformer_src.files import WeightsError
 from conformer_src.inputs import InputConfig
 from conformer_src.predict import extract_features, predict
+from conformer_src.trained import list_trained, load_trained
 from conformer_src.weights import (
     create_model,
     export_weights,
@@ -68,7 +69,9 @@ __all__ = [
     "fashion_mnist",
     "image_folder",
     "list_models",
+    "list_trained",
     "load_model",
+    "load_trained",
     "load_weights",
     "local_global",
     "model_card",
