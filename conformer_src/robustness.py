@@ -69,7 +69,7 @@ def reframe(images: Tensor, size: int, fill: Sequence[float]) -> Tensor:
 
 
 def rotate(images: Tensor, angle: float, fill: Sequence[float]) -> Tensor:
-    """Turn images (B, C, H, W) around their middle by degrees, against the clock.
+    """Turn images (B, C, H, W) around their middle by degrees, counter-clockwise.
 
     Bilinear; the corners that come in are filled with `fill`, a value for each channel, and those
     that go out are lost. Quarters of a turn only move the pixels of square images.

@@ -157,7 +157,7 @@ def check_retention(answer: Callable[[Curve, float, float], dict[float, float]])
             cases = {w: {v: kept(a) for v, a in right.items()} for w, kept in mistakes.items()}
             found = [words for words, values in cases.items() if _same(given, values)]
             require(False, found[0] if found else f"expected {expected}")
-    return "0 is guessing, 100 is as in training, and below 0 is sure and wrong"
+    return "0 is guessing, 100 is as in training, and below 0 is worse than guessing"
 
 
 def _same(given: dict[float, float], expected: dict[float, float]) -> bool:
