@@ -310,8 +310,8 @@ class Comparison(NamedTuple):
 def compare(rows: list[dict], data: str, head: str, base: str = "base") -> list[Comparison]:
     """Compare each variant with the base, seed by seed; variants without this head are left out.
 
-    Pairs share the order of the images and the start of what both have, so their differences
-    spread less than the accuracies themselves.
+    Pairs share the order of the images and, where both have the same parts in the same order, the
+    start; then their differences may spread less than the accuracies themselves.
     """
     found: dict[str, dict[int, float]] = {}
     for row in rows:

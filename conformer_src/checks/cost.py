@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from conformer_src.checks import exercise, require
-from conformer_src.conv_block import count_macs
 
 
 def _whole(value: object) -> bool:
@@ -19,13 +18,21 @@ def _named(value: object, mistakes: dict[str, object]) -> str | None:
     return next((words for words, wrong in mistakes.items() if value == wrong), None)
 
 
+class _Unrun(nn.Conv2d):
+    """A convolution to be counted, not run."""
+
+    def forward(self, *_):
+        require(False, "count without running the convolution: its sizes say all")
+
+
 @exercise
 def check_layer(answer: Callable[[nn.Conv2d, int, int], tuple[int, int]]) -> str:
     """Check the parameters and the multiply-accumulates of a convolution."""
     layers = [
-        nn.Conv2d(16, 16, 3, padding=1, bias=False),
-        nn.Conv2d(64, 384, 4, stride=4),
-        nn.Conv2d(8, 24, 3, stride=2, padding=1, groups=4),
+        _Unrun(16, 16, 3, padding=1, bias=False),
+        _Unrun(64, 384, 4, stride=4),
+        _Unrun(8, 24, 3, stride=2, padding=1, groups=4),
+        _Unrun(8, 16, (1, 3), padding=(0, 1)),
     ]
     for conv in layers:
         for height, width in ((16, 16), (12, 20)):
@@ -54,7 +61,8 @@ def _require_parameters(conv: nn.Conv2d, given: int, where: str) -> None:
 
 
 def _require_macs(conv: nn.Conv2d, height: int, width: int, given: int, where: str) -> None:
-    right = count_macs(conv, torch.empty(1, conv.in_channels, height, width))
+    right = nn.Conv2d.forward(conv, torch.empty(1, conv.in_channels, height, width)).numel()
+    right *= conv.weight[0].numel()
     kernel = conv.weight[0].numel()
     positions = right // kernel // conv.out_channels
     mistakes = {
@@ -86,12 +94,21 @@ def _crossing(patch_size: int, tokens: float, class_token: int = 1) -> int:
 @exercise
 def check_crossing(answer: Callable[[int, int, int, float], int]) -> str:
     """Check the image side from which the attention products outweigh the linear maps."""
-    cases = [(576, 9, 16, 4.0), (384, 6, 32, 4.0), (48, 3, 16, 4.0), (384, 6, 16, 2.0)]
+    cases = [
+        (576, 9, 16, 4.0),
+        (384, 6, 32, 4.0),
+        (48, 3, 16, 4.0),
+        (384, 6, 16, 2.0),
+        (65, 5, 16, 3.0),
+    ]
     for embed_dim, heads, patch, ratio in cases:
         given = answer(embed_dim, heads, patch, ratio)
         right = _crossing(patch, (2 + ratio) * embed_dim)
         where = f" (embed_dim {embed_dim}, {heads} heads, patch {patch}, mlp_ratio {ratio:g})"
         mistakes = {
+            "at that side the two cost the same; look for more": (
+                _crossing(patch, (2 + ratio) * embed_dim - 1)
+            ),
             "that is the side of the grid in patches; a patch is patch_size pixels wide": (
                 right // patch
             ),
@@ -169,4 +186,7 @@ def check_stopwatch(answer: Callable[[nn.Module, Tensor, int, Callable[[], float
     right = median(taken[-5:])
     require(given == right, f"{given:g} s; the median of the rounds is {right:g} s")
     require(model.training, "leave the model in the mode in which it came, here in training mode")
+    model = _Staged(rounds).eval()
+    answer(model, torch.zeros(2, 3, 4, 4), 5, model.clock)
+    require(not model.training, "leave the model in the mode in which it came, here in evaluation")
     return "warmed up, without gradients, in evaluation mode, and robust"

@@ -85,6 +85,7 @@ WRONG = {
         (_layer("rows = columns"), "takes the width for both sides"),
         (_layer("weights += 1"), "parameters: 2,305; expected 2,304"),
         (_layer("rows += 1"), "MACs: 626,688; expected 589,824"),
+        (_layer("conv(torch.zeros(1, conv.in_channels, height, width))"), "without running"),
     ],
     "check_crossing": [
         (_crossing("grid**2 <= (2 + mlp_ratio) * embed_dim"), "the class token looks too"),
@@ -103,6 +104,7 @@ WRONG = {
         (_crossing(f"{_TOKENS} <= 6 * embed_dim"), "not always 4 x E"),
         (_crossing(f"{_TOKENS} <= (2 + mlp_ratio) * embed_dim", "grid"), "pixels wide"),
         (_crossing(f"{_TOKENS} <= embed_dim"), "expected 944"),
+        (_crossing(f"{_TOKENS} < (2 + mlp_ratio) * embed_dim"), "cost the same"),
     ],
     "check_stopwatch": [
         (_FAULTY, "training mode"),
@@ -118,6 +120,7 @@ WRONG = {
         (_stopwatch(result="max(seconds)"), "the median of the rounds is"),
         (_stopwatch(result="seconds"), "return one number of seconds"),
         (_stopwatch(after="pass"), "in which it came"),
+        (_stopwatch(after="model.train()"), "in evaluation"),
         ("def my_stopwatch(*_):\n    return 1.0\n", "called 0 times"),
     ],
 }
