@@ -3,7 +3,7 @@
     python benchmarks/ablation.py                              everything; some hours
     python benchmarks/ablation.py --study drawn --seeds 0 1    a part; --variants narrows it further
     python benchmarks/ablation.py --table                      train nothing, print what is there
-    python benchmarks/ablation.py --again drawn "ViT alone" 0   train a stored run again and compare
+    python benchmarks/ablation.py --again drawn "ViT alone" 0  train a stored run again and compare
     python benchmarks/ablation.py --ship                       renew the weights in the package
 
 Each run is stored in the folder as soon as it ends, with its weights, and is not repeated: stop
@@ -12,6 +12,7 @@ when you like and go on later. Several processes may share a folder if each has 
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -108,7 +109,8 @@ def table(rows: list[dict], data: str) -> str:
     for one in compare(rows, data, "sum"):
         own = [row for row in rows if row["variant"] == one.variant]
         scores = [[row["scores"][data][head] for row in own] for head in HEADS]
-        gap = "" if one.verdict == "base" else f"{one.difference:+.2f} ± {one.margin:.2f}"
+        shown = math.isfinite(one.margin)  # not for the base, not for a single pair
+        gap = f"{one.difference:+.2f} ± {one.margin:.2f}" if shown else ""
         cells = [one.variant, f"{own[0]['parameters']:,}", str(one.runs)]
         cells += [*map(spread, scores), gap, one.verdict]
         lines.append(f"| {' | '.join(cells)} |")

@@ -183,7 +183,7 @@ def drawn_study(epochs: int = 2) -> Study:
     """Return the switches of the coupling, on drawn images: corners, then both cues, then coupled.
 
     With three blocks the CNN sees less than the distance between the two bars. The corners come
-    first, because a coupled network that sees both cues at once learns the bars and stays there.
+    first: in trials, a coupled network that saw both cues at once learned the bars alone.
     """
     model = {
         "base": {},
@@ -299,9 +299,11 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Say "noise" where the interval of the difference has 0 in it."""
+        """Say "noise" where the interval of the difference has 0 in it, "too few" without one."""
         if math.isnan(self.margin):
             return "base"
+        if math.isinf(self.margin):
+            return "too few"
         if abs(self.difference) > self.margin:
             return "better" if self.difference > 0 else "worse"
         return "noise"

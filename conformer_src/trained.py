@@ -24,7 +24,8 @@ def load_trained(name: str) -> Conformer:
     The `fashion-` ones take images (B, 1, 32, 32) of Fashion-MNIST as `fashion_transform` makes
     them, the `drawn-` ones images (B, 1, 64, 64) of `local_global`. Each set has a Conformer, a CNN
     and a ViT with about as many parameters. The drawn label is the additive one, which names both
-    cues: the CNN knows the corners, the ViT the bars, the Conformer both.
+    cues: the CNN knows the corners, the ViT the bars, the Conformer the bars and, of four corners,
+    about three.
 
     Raises:
         ValueError: There is no such network.

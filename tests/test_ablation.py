@@ -477,7 +477,8 @@ def test_verdicts():
     assert verdict(1.0, 0.9) == "better"
     assert verdict(-1.0, 0.9) == "worse"
     assert verdict(1.0, 1.0) == verdict(-0.2, 1.0) == "noise"
-    assert verdict(9.0, math.inf) == verdict(math.nan, math.inf) == verdict(0.0, 0.0) == "noise"
+    assert verdict(0.0, 0.0) == "noise"
+    assert verdict(9.0, math.inf) == verdict(math.nan, math.inf) == "too few"
     assert verdict(1.0, 0.0) == "better"  # each seed gave the same difference
     assert verdict(0.0, math.nan) == "base"
 
@@ -488,9 +489,9 @@ def test_only_seeds_that_both_have_make_pairs():
     assert (late.runs, late.difference) == (3, 1)
     lonely = compare(rows_of(base=[80, None], late=[None, 81]), "fashion", "sum")[1]
     assert math.isnan(lonely.difference)
-    assert lonely.verdict == "noise"
+    assert lonely.verdict == "too few"
     single = compare(rows_of(base=[80], late=[90]), "fashion", "sum")[1]
-    assert (single.difference, single.margin, single.verdict) == (10, math.inf, "noise")
+    assert (single.difference, single.margin, single.verdict) == (10, math.inf, "too few")
     assert math.isnan(single.spread)
 
 
