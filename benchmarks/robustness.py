@@ -37,7 +37,6 @@ from conformer_src.robustness import (
     reframe,
     refresh_norms,
     resize,
-    retention,
     rotate,
 )
 from conformer_src.training import Scores
@@ -52,6 +51,7 @@ NAMES = {  # variant of the study -> what chapter 12 calls it
     "positions": "positions",
 }
 TRAINED = 32  # pixels
+CHANCE = 10  # per cent, of ten classes
 BLACK = black_level(FASHION_MEAN, FASHION_STD)
 SIZES, ANGLES = (16, 24, 32, 40, 48, 64), (0, 15, 30, 45, 60, 90, 120, 180)
 
@@ -173,8 +173,14 @@ def accuracy_table(rows: list[dict], name: str, head: str = "sum") -> str:
     return "\n".join([title, f"|{'---|' * (len(values) + 2)}", *lines])
 
 
+def above_chance(row: dict, name: str, trained: int) -> dict[int, float]:
+    """Return the percentage kept of what the sum had above chance, at each value of a curve."""
+    right = {value: scores.sum - CHANCE for value, scores in curve_of(row, name).items()}
+    return {value: 100 * each / right[trained] for value, each in right.items()}
+
+
 def kept(rows: list[dict], name: str, trained: int) -> dict[str, str]:
-    """Return by how many points the Conformer keeps more of its accuracy than each other network.
+    """Return by how many points the Conformer keeps more above chance than each other network.
 
     The margins are the 95 % intervals over seeds; a star marks where 0 lies outside.
     """
@@ -182,7 +188,7 @@ def kept(rows: list[dict], name: str, trained: int) -> dict[str, str]:
     for variant, words in list(NAMES.items())[1:]:
         other = seeds_of(rows, variant)
         pairs = [
-            [retention(curve_of(row, name), trained) for row in (base[seed], other[seed])]
+            [above_chance(row, name, trained) for row in (base[seed], other[seed])]
             for seed in sorted(base.keys() & other.keys())
         ]
         cells = []

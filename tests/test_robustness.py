@@ -393,13 +393,15 @@ def test_the_difference_is_paired_by_seed_and_starred_beyond_its_interval():
         curve = {v: {"conv": None, "trans": None, "sum": r} for v, r in heads.items()}
         return {"variant": variant, "seed": seed, "curves": {"size": curve}}
 
-    rows = [row("base", s, 40.0 + s, 80.0) for s in range(3)]
-    rows += [row("CNN alone", s, 20.0 + s, 80.0) for s in range(3)]
-    rows += [row("ViT alone", s, 40.0 + s * s, 80.0) for s in range(3)]
+    rows = [row("base", s, 40.0 + s, 90.0) for s in range(3)]
+    rows += [row("CNN alone", s, 20.0 + s, 90.0) for s in range(3)]
+    rows += [row("ViT alone", s, 40.0 + s * s, 90.0) for s in range(3)]
+    rows += [row("no coupling", s, 10.0, 50.0) for s in range(3)]  # keeps nothing but chance
     found = benchmark["kept"](rows, "size", 32)
     assert found["CNN"] == "+25.0±0.0* +0.0±0.0"
     assert "*" not in found["ViT"]
+    assert found["no coupling"].startswith("+38.8±3.1*")  # 30, 31, 32 of 80, and 0 of 40
     table = benchmark["difference_table"](rows, "size", 32).splitlines()
     assert table[0] == "| kept, size, against | 16 | 32 |"
     assert table[2] == "| CNN | +25.0±0.0* | +0.0±0.0 |"
-    assert benchmark["compact"](rows, "size")["CNN"] == "21.0±1.0 80.0±0.0"
+    assert benchmark["compact"](rows, "size")["CNN"] == "21.0±1.0 90.0±0.0"
