@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -201,7 +202,8 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
 
     Files are kept where `torch.hub` keeps its own. If the name holds digits of the file's SHA-256
     (`name-f6860372.pth`), they are compared, and the next call continues what was cut. Other files
-    get a name that belongs to their address alone.
+    get a name that belongs to their address alone. Where several processes ask for one file, one
+    fetches it and the others wait.
 
     Raises:
         WeightsError: The address cannot be reached, or another file came than the name promises.
@@ -211,38 +213,43 @@ def fetch(url: str, folder: str | Path | None = None) -> Path:
     if parts.scheme not in ("http", "https") or not parts.netloc or not name:
         raise WeightsError(f"{url} is no address of a file; it looks like https://host/name.pth.")
     folder = Path(folder or Path(torch.hub.get_dir()) / "checkpoints")
-    certain = HASH.search(name) is not None
-    if not certain:
+    if not HASH.search(name):
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     path = folder / name
     by_hand = f"download {url} elsewhere and save it as {path}, or give the path of your file."
     if os.path.isfile(path):  # False too where the folder must not be looked into
         _require_hash(path, path, by_hand)
         return path
-    # Without a hash, parts of two versions could be joined: so begin anew, apart from others.
-    part = folder / (f"{name}.part" if certain else f".{secrets.token_hex(8)}.part")
-    keep = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _download(url, part, name)
+        # One process at a time: else one could rename what another is still writing.
+        with FileLock(folder / f".{name}.lock"):
+            if not os.path.isfile(path):  # another process may have fetched it meanwhile
+                _fetch_alone(url, path, by_hand)
+    except (OSError, *CUT) as error:
+        raise WeightsError(f"{name} cannot be fetched ({_words(error)}); {by_hand}") from None
+    return path
+
+
+def _fetch_alone(url: str, path: Path, by_hand: str) -> None:
+    """Download a file beside its place, look at it, and put it there."""
+    part = path.with_name(f"{path.name}.part")
+    certain = HASH.search(path.name) is not None
+    keep = False
+    try:
+        if not certain:  # parts of two versions could be joined
+            part.unlink(missing_ok=True)
+        _download(url, part, path.name)
         _kind(part, f"what came from {url}")
         _require_hash(part, f"what came from {url}", by_hand)
         os.replace(part, path)
-    except (OSError, WeightsError, *CUT) as error:
-        if os.path.isfile(path):  # another process was faster
-            return path
-        if isinstance(error, WeightsError):
-            raise
+    except (KeyboardInterrupt, OSError, *CUT) as error:
         keep = certain and getattr(error, "errno", None) not in DISK_FULL
-        raise WeightsError(f"{name} cannot be fetched ({_words(error)}); {by_hand}") from None
-    except KeyboardInterrupt:
-        keep = certain
         raise
     finally:
         if not keep:
             with suppress(OSError):
                 part.unlink()
-    return path
 
 
 def _download(url: str, part: Path, name: str) -> None:
@@ -279,7 +286,7 @@ def _continue_download(url: str, part: Path, name: str) -> None:
         raise
     part.touch()
     with response, part.open("r+b") as stream:
-        # Never emptied: whoever fetches the same file at the same time writes the same bytes.
+        # Never emptied: from a server without ranges, only more than ever before is progress.
         have = stream.seek(have if response.status == 206 else 0)
         length = response.headers.get("Content-Length")
         total = have + int(length) if length and length.isdecimal() else None
