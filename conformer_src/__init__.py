@@ -31,6 +31,7 @@ from conformer_src.conv_block import ConvBlock, Stem
 from conformer_src.cost import optimize_for_inference
 from conformer_src.coupled_block import ConvTransBlock, Features, MedConvBlock
 from conformer_src.data import FashionSubset, fashion_mnist, image_folder, local_global, photograph
+from conformer_src.export import export_model
 from conformer_src.fcu import FCUDown, FCUUp
 from conformer_src.files import WeightsError
 from conformer_src.inputs import InputConfig
@@ -64,6 +65,7 @@ __all__ = [
     "TransformerBlock",
     "WeightsError",
     "create_model",
+    "export_model",
     "export_weights",
     "extract_features",
     "fashion_mnist",

@@ -1,4 +1,4 @@
-"""The command `conformer`: list and describe models, predict, convert weights, train."""
+"""The command `conformer`: list and describe models, predict, convert and export, train."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ from tqdm import tqdm
 import conformer_src as cs
 from conformer_src.commands import add_evaluate, add_shards, add_train
 from conformer_src.conformer import VARIANTS, ConformerConfig
+from conformer_src.export import ENDINGS
 from conformer_src.files import read_file, written_whole
 from conformer_src.predict import Prediction, list_images, predict
 from conformer_src.weights import (
@@ -154,7 +155,8 @@ def predict_text(found: list[dict]) -> Iterable[str]:
 def convert_command(arguments: argparse.Namespace) -> dict:
     """Write weights under other names; return what was written, and what was not."""
     source, target = Path(arguments.source), Path(arguments.target)
-    _require_target(target, arguments)
+    endings = (".safetensors",) if arguments.to == "ours" else (".pth", ".pt")
+    _require_target(target, endings, f"with --to {arguments.to}, ", arguments)
     model = cs.load_model(source, arguments.ema)  # refuses whatever is wrong with the file
     content, notes = read_file(source)
     state = find_state_dict(content, arguments.ema)
@@ -177,11 +179,12 @@ def convert_command(arguments: argparse.Namespace) -> dict:
     }
 
 
-def _require_target(target: Path, arguments: argparse.Namespace) -> None:
+def _require_target(
+    target: Path, endings: Sequence[str], when: str, arguments: argparse.Namespace
+) -> None:
     """Refuse a name that promises another format, and a file that would be lost."""
-    endings = (".safetensors",) if arguments.to == "ours" else (".pth", ".pt")
     if target.suffix not in endings:
-        arguments.misused(f"with --to {arguments.to}, DST ends with {' or '.join(endings)}.")
+        arguments.misused(f"{when}DST ends with {' or '.join(endings)}.")
     if target.exists() and not arguments.force:
         raise FileExistsError(f"{target} exists; choose another name, or replace it with --force.")
 
@@ -210,6 +213,26 @@ def convert_text(done: dict) -> Iterable[str]:
         yield f"left out: {', '.join(done['left_out'])}"
 
 
+def export_command(arguments: argparse.Namespace) -> dict:
+    """Write a network as a program; return what it takes, and how far it is from the network."""
+    target = Path(arguments.target)
+    _require_target(target, ENDINGS, "", arguments)
+    done = cs.export_model(cs.load_model(arguments.source), target, arguments.size)
+    notes = {name: json.loads(note) for name, note in done.notes.items()}
+    return {"written": str(target), "shape": done.shape, **notes, "deviation": done.deviation}
+
+
+def export_text(done: dict) -> Iterable[str]:
+    """Yield a line for what was written, and one for the comparison."""
+    channels, height, width = done["shape"]
+    yield f"wrote {done['written']}: takes images (batch, {channels}, {height}, {width})"
+    if done["deviation"] is None:
+        yield "not compared with the network; for that: python -m pip install onnxruntime"
+    else:
+        size = f"{done['deviation']:.0e} of the logits' root mean square"
+        yield f"run and compared: differs from the network by at most {size}"
+
+
 _EXAMPLES = """\
 examples:
   conformer list '*patch16'
@@ -218,6 +241,7 @@ examples:
   conformer predict cat.jpg --weights mine.safetensors --classes names.txt
   conformer predict cat.jpg --weights mine.safetensors --topk 1 --json
   conformer convert published.pth mine.safetensors --to ours
+  conformer export mine.safetensors mine.onnx
   conformer train fashion
   conformer evaluate runs/fashion
 
@@ -255,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"conformer {cs.__version__}")
     top.set_defaults(json=False, debug=False)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_list, _add_info, _add_predict, _add_convert):
+    for add in (_add_list, _add_info, _add_predict, _add_convert, _add_export):
         add(commands)
     for add in (add_train, add_evaluate, add_shards):
         add(partial(_add, commands))
@@ -316,6 +340,21 @@ def _add_convert(commands) -> None:
     added.add_argument("--force", action="store_true", help="replace DST if it exists")
 
 
+def _add_export(commands) -> None:
+    more = (
+        "The file takes normalised images, in batches of any size, and returns the sum of both "
+        "heads; it holds the names of the classes, too. It is run and compared with the network."
+    )
+    about = "write a network as a file that runs without this package"
+    added = _add(commands, "export", export_command, export_text, about, more)
+    added.add_argument("source", metavar="SRC", help="a file of weights, or its https address")
+    added.add_argument("target", metavar="DST", help=".onnx, or .pt2 for torch.export.load")
+    added.add_argument(
+        "--size", type=_at_least_one, metavar="N", help="side of the images, in pixels"
+    )
+    added.add_argument("--force", action="store_true", help="replace DST if it exists")
+
+
 _RANK = int(os.environ.get("RANK", 0))  # set by torchrun and `accelerate launch`
 
 
@@ -371,7 +410,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(words)
     try:
-        return _run(arguments)
+        status = _run(arguments)
     except BrokenPipeError:  # `conformer list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush
         return 141
@@ -382,7 +421,17 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         _tell(_one_line(error))
-        return getattr(error, "exit_code", 1)
+        if not hasattr(error, "exit_code"):
+            return 1  # other processes may be gone: do not wait for them
+        status = error.exit_code
+    _leave_others()
+    return status
+
+
+def _leave_others() -> None:
+    """Part from the other processes of a run: without it, gloo's threads may abort the exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

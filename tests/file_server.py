@@ -59,3 +59,9 @@ def serving():
         finally:
             server.shutdown()
             thread.join()
+
+
+def fetched(folder):
+    """Return the names of what was fetched into a folder, without the locks, which stay."""
+    paths = folder.iterdir() if folder.exists() else []
+    return sorted(path.name for path in paths if path.suffix != ".lock")

@@ -421,12 +421,12 @@ def test_help_has_the_exit_codes_and_examples_that_parse(run):
     examples = [
         line.split(maxsplit=1)[1] for line in out.splitlines() if line[:12] == "  conformer "
     ]
-    assert len(examples) == 8
+    assert len(examples) == 9
     for example in examples:
         cli.build_parser().parse_args(shlex.split(example))
 
 
-@pytest.mark.parametrize("command", ["list", "info", "predict", "convert"])
+@pytest.mark.parametrize("command", ["list", "info", "predict", "convert", "export"])
 def test_each_command_has_help(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0

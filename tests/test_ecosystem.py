@@ -97,25 +97,6 @@ def test_exports_with_images_of_any_size_that_fits():
     assert_same(program.module()(images_of(3, 80, 48)), model(images_of(3, 80, 48)))
 
 
-class Ranked(nn.Module):
-    """What can be stored: one tensor, where torch.export.save refuses a named pair."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model(images).sum()
-
-
-@torch.no_grad()
-def test_an_exported_sum_can_be_stored(tmp_path):
-    model = Ranked(toy(depth=3).eval())
-    torch.export.save(torch.export.export(model, (images_of(2),)), tmp_path / "toy.pt2")
-    loaded = torch.export.load(tmp_path / "toy.pt2")
-    assert_same([loaded.module()(images_of(2))], [model(images_of(2))])
-
-
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated")
 @torch.no_grad()
 def test_traces():

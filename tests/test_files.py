@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from file_server import serving
+from file_server import fetched, serving
 from safetensors.torch import save_file
 
 from conformer_src import files
@@ -342,12 +342,6 @@ def hashed(body, digits=8):
     return f"net-{hashlib.sha256(body).hexdigest()[:digits]}.pth"
 
 
-def names(folder):
-    """Return what lies in a folder, without the empty locks, which stay."""
-    paths = folder.iterdir() if folder.exists() else []
-    return sorted(path.name for path in paths if path.suffix != ".lock")
-
-
 @pytest.mark.parametrize("digits", [8, 64])
 def test_a_file_is_fetched_once_into_the_folder_of_torch_hub(digits, server, body, cache):
     name = hashed(body, digits)
@@ -357,7 +351,7 @@ def test_a_file_is_fetched_once_into_the_folder_of_torch_hub(digits, server, bod
     assert path.read_bytes() == body
     assert fetch(server.url(name)) == path
     assert server.asked == [None]
-    assert names(cache) == [name]
+    assert fetched(cache) == [name]
 
 
 def test_a_folder_can_be_given(server, body, tmp_path, cache):
@@ -383,7 +377,7 @@ def test_a_cut_download_goes_on_where_it_was_cut(told_length, server, body, cach
     server.files[name], server.cuts = body, [400_000, 200_000, 1000]
     assert fetch(server.url(name)).read_bytes() == body
     assert server.asked == [None, "bytes=400000-", "bytes=600000-", "bytes=601000-"]
-    assert names(cache) == [name]
+    assert fetched(cache) == [name]
 
 
 def test_what_was_cut_for_good_is_continued_by_the_next_call(server, body, cache):
@@ -392,11 +386,11 @@ def test_what_was_cut_for_good_is_continued_by_the_next_call(server, body, cache
     words = rf"^{name} cannot be fetched \(.*after 700,000 of {len(body):,} bytes.*\); download "
     with pytest.raises(WeightsError, match=words):
         fetch(server.url(name))
-    assert names(cache) == [f"{name}.part"]
+    assert fetched(cache) == [f"{name}.part"]
     server.asked.clear()
     assert fetch(server.url(name)).read_bytes() == body
     assert server.asked == ["bytes=700000-"]
-    assert names(cache) == [name]
+    assert fetched(cache) == [name]
 
 
 def test_without_a_hash_nothing_is_joined(server, body, cache):
@@ -406,7 +400,7 @@ def test_without_a_hash_nothing_is_joined(server, body, cache):
     server.files["other.pth"], server.cuts = body, [700_000] * 3
     with pytest.raises(WeightsError, match="cut after 700,000"):
         fetch(server.url("other.pth"))
-    assert len(names(cache)) == 1  # the first one
+    assert len(fetched(cache)) == 1  # the first one
 
 
 def test_a_server_that_knows_no_ranges_sends_all_again(server, body, cache):
@@ -444,7 +438,7 @@ def test_whatever_an_earlier_call_left_the_file_is_right(left, ranges, server, b
     cache.mkdir(parents=True)
     (cache / f"{name}.part").write_bytes(left(body))
     assert fetch(server.url(name)).read_bytes() == body
-    assert names(cache) == [name]
+    assert fetched(cache) == [name]
     assert len(server.asked) <= 2
 
 
@@ -460,14 +454,14 @@ def test_whatever_an_earlier_call_left_the_file_is_right(left, ranges, server, b
 def test_what_is_no_file_of_weights_is_not_kept(name, body, words, server, cache):
     server.files[name] = body
     refused(server.url(name), words, call=fetch)
-    assert names(cache) == []
+    assert fetched(cache) == []
 
 
 def test_another_file_than_the_name_promises_is_not_kept(server, body, cache):
     server.files["net-00000000.pth"] = body
     words = r"is another file than its name promises: its SHA-256 does not start with 00000000; "
     refused(server.url("net-00000000.pth"), words, call=fetch)
-    assert names(cache) == []
+    assert fetched(cache) == []
 
 
 def test_another_file_in_the_cache_is_said_and_not_deleted(server, body, cache):
@@ -492,7 +486,7 @@ def test_another_file_in_the_cache_is_said_and_not_deleted(server, body, cache):
 def test_a_refusing_server_is_quoted(name, status, words, server, cache):
     server.status = status
     refused(server.url(name), rf"{name} cannot be fetched \({words}", call=fetch)
-    assert names(cache) == []
+    assert fetched(cache) == []
 
 
 def test_offline_the_file_the_address_and_its_place_are_named(server, cache):
@@ -504,7 +498,7 @@ def test_offline_the_file_the_address_and_its_place_are_named(server, cache):
         rf"as {cache / name}, or give the path of your file\.$"
     )
     refused(url, words, call=fetch)
-    assert names(cache) == []
+    assert fetched(cache) == []
 
 
 def test_a_host_that_is_not_known_is_said(cache):
@@ -531,7 +525,7 @@ def test_what_is_no_address_is_said(url, cache):
 def test_a_full_disk_leaves_nothing_in_the_cache(server, body, cache, full_disk):
     server.files[hashed(body)] = body
     refused(server.url(hashed(body)), r"cannot be fetched \(File too large\)", call=fetch)
-    assert names(cache) == []
+    assert fetched(cache) == []
     assert errno.ENOSPC in files.DISK_FULL
 
 
@@ -559,7 +553,7 @@ def test_of_processes_that_fetch_at_once_one_does_and_all_get_it(server, body, c
         thread.join()
     assert found == [True] * 4, faults
     assert server.asked == [None, "bytes=300000-", "bytes=800000-", "bytes=800100-"]
-    assert names(cache) == [name]
+    assert fetched(cache) == [name]
 
 
 class Screen:

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from file_server import serving
+from file_server import fetched, serving
 
 import conformer_src as cs
 from conformer_src import weights
@@ -62,8 +62,7 @@ def publish(hub, monkeypatch, name, body):
 
 
 def cached(tmp_path):
-    folder = tmp_path / "hub/checkpoints"
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return fetched(tmp_path / "hub/checkpoints")
 
 
 def test_the_addresses_are_the_published_ones():

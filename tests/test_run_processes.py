@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import free_port, run
 from small_runs import draw_images, small_recipe
 
-from conformer_src import runs
+from conformer_src import cli, runs
 from conformer_src.checkpoints import find_checkpoints, load_checkpoint
 from conformer_src.files import read_file
 from conformer_src.recipes import write_recipe
-from conformer_src.runs import RunError, Stopped, evaluate_file, resume_run, start_run
+from conformer_src.runs import RunError, evaluate_file, resume_run, start_run
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +117,13 @@ def stop(recipe, folder):
             yield loss
 
     runs.fit = asked
-    try:
-        start_run(recipe, folder, lambda line: None)
-    except Stopped as stopped:
-        return stopped.exit_code
+    return cli.main(["train", str(recipe), "--out", str(folder)]), dist.is_initialized()
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path):
-    folder = tmp_path / "run"
-    assert run(2, stop, plain_recipe(images, save_steps=0), folder) == [143, 143]
+    folder, recipe = tmp_path / "run", tmp_path / "mine.toml"
+    write_recipe(plain_recipe(images, save_steps=0), recipe)
+    assert run(2, stop, recipe, folder) == [(143, False)] * 2  # and they have parted
     assert load_checkpoint(folder)["step"] == 5
     assert len(find_checkpoints(folder)) == 2
 

@@ -37,6 +37,7 @@ FREE = {
     "checkpoints",
     "cli",
     "commands",
+    "export",
     "files",
     "hub",
     "inputs",
