@@ -2,11 +2,14 @@
 
 import copy
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_ecosystem import assert_same, toy
+from torchvision.transforms import v2
 
 import conformer_src as cs
 from conformer_src import export
@@ -71,6 +74,20 @@ def test_classes_and_input_stand_in_the_file(model, tmp_path):
         assert InputConfig(**json.loads(found["input"])) == model.input
     shapes = [(one.name, one.shape) for one in (*session.get_inputs(), *session.get_outputs())]
     assert shapes == [("images", ["batch", 3, 64, 64]), ("logits", ["batch", 10])]
+
+
+@torch.no_grad()
+def test_the_page_reads_the_file_without_this_package(model, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "book/api/export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "conformer" not in code
+    assert "torch" not in code
+    cs.export_model(model, tmp_path / "flowers.onnx")
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.rand(4, 3, 64, 64)
+    exec(code, {"pixels": pixels.movedim(1, -1).double().numpy()})
+    best = model(v2.functional.normalize(pixels, model.input.mean, model.input.std)).sum().argmax(1)
+    assert capsys.readouterr().out == f"{[model.classes[place] for place in best]}\n"
 
 
 def images(side, channels=3):
