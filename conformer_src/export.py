@@ -77,13 +77,13 @@ def export_model(model: nn.Module, path: str | Path, image_size: int | None = No
     with written_whole(path) as temporary:
         write(temporary)
         run = opened(temporary)
-        deviation = run and max(_deviation(run(images[: len(one)]), one) for one in expected)
-        if deviation is not None and not deviation <= TOLERANCE:
+        deviations = [_deviation(run(images[: len(one)]), one) for one in expected] if run else []
+        if wrong := [one for one in deviations if not one <= TOLERANCE]:
             raise ValueError(
-                f"{path} would compute something else (deviation {deviation:.2g}) and was not "
+                f"{path} would compute something else (deviation {wrong[0]:.2g}) and was not "
                 "written; are all weights finite?"
             )
-    return Exported(path, shape, notes, deviation)
+    return Exported(path, shape, notes, max(deviations, default=None))
 
 
 def _notes_and_shape(
