@@ -61,7 +61,8 @@ def export_model(model: nn.Module, path: str | Path, image_size: int | None = No
 
     Raises:
         ValueError: The ending is another, the model has no classes, the size does not fit,
-            onnxscript is missing, or what was written computes something else.
+            onnxscript is missing, torch is too old for ONNX (2.6 is), or what was written computes
+            something else.
         WeightsError: The file cannot be written; nothing is left.
     """
     path = Path(path)
@@ -110,17 +111,23 @@ def _to_onnx(ranked: nn.Module, images: Tensor, notes: dict[str, str]) -> Callab
     except ImportError:
         words = "ONNX needs a package more; install it: python -m pip install onnxscript"
         raise ValueError(words) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the translator about itself
-        program = torch.onnx.export(
-            ranked,
-            (images,),
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=_ANY_BATCH,
-            input_names=["images"],
-            output_names=["logits"],
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the translator about itself
+            program = torch.onnx.export(
+                ranked,
+                (images,),
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=_ANY_BATCH,
+                input_names=["images"],
+                output_names=["logits"],
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(
+            f"torch {torch.__version__} cannot translate this network to ONNX; update torch, or "
+            "write a .pt2 file."
+        ) from error
     program.model.metadata_props.update(notes)
     return lambda path: program.save(path, external_data=False)
 
@@ -135,7 +142,7 @@ def _open_onnx(path: Path) -> Callable[[Tensor], Tensor] | None:
 
 
 def _to_pt2(ranked: nn.Module, images: Tensor, notes: dict[str, str]) -> Callable[[Path], None]:
-    program = torch.export.export(ranked, (images,), dynamic_shapes=_ANY_BATCH)
+    program = torch.export.export(ranked, (images,), dynamic_shapes=_ANY_BATCH, strict=False)
 
     def write(path: Path) -> None:
         with path.open("wb") as stream:  # of a path torch would believe the ending
@@ -149,6 +156,6 @@ def _open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
         return torch.export.load(stream).module()
 
 
-_ANY_BATCH = ({0: torch.export.Dim("batch")},)
+_ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=2**20)},)  # torch 2.6 insists on a limit
 _KINDS = {".onnx": (_to_onnx, _open_onnx), ".pt2": (_to_pt2, _open_pt2)}
 ENDINGS = tuple(_KINDS)

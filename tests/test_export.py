@@ -168,6 +168,18 @@ def test_without_the_translator_the_package_is_named(model, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_torch_that_cannot_translate_is_named(model, tmp_path, monkeypatch):
+    def cannot(*arguments, **options):
+        raise torch.onnx.OnnxExporterError("step 3/3")
+
+    monkeypatch.setattr(torch.onnx, "export", cannot)
+    with pytest.raises(
+        ValueError, match=r"^torch \d.* cannot translate .* or write a \.pt2 file\.$"
+    ):
+        cs.export_model(model, tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- conformer export -----------------------------------------------------------------------------
 
 
