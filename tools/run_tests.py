@@ -44,12 +44,14 @@ class Part:
         """Run the commands, all of them even if one fails."""
         print(f"\n== {self.name}", flush=True)
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
+        # Chapters and tests that are killed leave files behind: all temporary files go with the part.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            environment = ENVIRONMENT | {"TMPDIR": folder}
             for number, command in enumerate(self.commands):
                 report = Path(folder) / f"{number}.xml"
                 if "pytest" in command:
                     command = [*command, f"--junitxml={report}"]
-                status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT).returncode
+                status = subprocess.run(command, cwd=ROOT, env=environment).returncode
                 self.failed |= status != 0
                 self._count(report, status)
         self.seconds = time.perf_counter() - start
