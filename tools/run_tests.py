@@ -44,7 +44,7 @@ class Part:
         """Run the commands, all of them even if one fails."""
         print(f"\n== {self.name}", flush=True)
         start = time.perf_counter()
-        # Chapters and tests that are killed leave files behind: all temporary files go with the part.
+        # What chapters and killed tests leave behind goes with the part.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             environment = ENVIRONMENT | {"TMPDIR": folder}
             for number, command in enumerate(self.commands):
