@@ -16,7 +16,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from conformer_src.data import FashionSubset, LocalGlobal, fashion_transform, local_global
-from conformer_src.files import written_whole
+from conformer_src.files import WeightsError, _words, written_whole
 from conformer_src.predict import _evaluating
 from conformer_src.recipes import Recipe, load_recipe
 from conformer_src.training import (
@@ -238,19 +237,30 @@ def learn(study: Study, variant: str, seed: int) -> Iterator[tuple[str, nn.Modul
         yield name, model, evaluate(model, test)
 
 
+def _stored_row(path: Path) -> dict | None:
+    """Return the row of a run that has ended; else make its folder, before hours of training."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return json.loads(path.read_text()) if path.exists() else None
+    except OSError as error:
+        words = f"{path.parent} cannot be used as a folder ({_words(error)}); choose another."
+    except ValueError:
+        words = f"{path} is damaged; delete it, and the run is trained again."
+    raise WeightsError(words)
+
+
 def run(study: Study, variant: str, seed: int, folder: str | Path) -> dict:
     """Return the row of a run: the stored one, or that of a training whose end stores it.
 
     `folder` gets KEY.json and, for each phase, the weights: KEY-PHASE.safetensors.
 
     Raises:
-        WeightsError: Nothing can be written there.
+        WeightsError: Nothing can be written there, or the stored row is damaged.
     """
     key = study.key(variant, seed)
     path = Path(folder) / f"{key}.json"
-    with suppress(FileNotFoundError):
-        return json.loads(path.read_text()) | {"variant": variant}  # it may have a new name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if stored := _stored_row(path):
+        return stored | {"variant": variant}  # it may have a new name
     row, start = {"variant": variant, "seed": seed, "scores": {}}, time.process_time()
     for name, model, scores in learn(study, variant, seed):
         save_weights(model, path.with_name(f"{key}-{name}.safetensors"))

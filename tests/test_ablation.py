@@ -358,11 +358,19 @@ def test_a_run_that_fails_stores_no_row(few, monkeypatch, tmp_path):
     assert list(tmp_path.glob("*.json")) == []
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(few, tmp_path):
+@pytest.mark.parametrize("below", [".", "deeper"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_training(below, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises((WeightsError, OSError)) as error:
-        run(STUDY, "base", 0, tmp_path / "file")
-    assert "\n" not in str(error.value)
+    with pytest.raises(WeightsError, match=r"cannot be used as a folder \(.*\); choose another\.$"):
+        run(STUDY, "base", 0, tmp_path / "file" / below)
+
+
+def test_a_damaged_row_is_named_and_stays(tmp_path):
+    path = tmp_path / f"{STUDY.key('base', 0)}.json"
+    path.write_text('{"variant": ')
+    with pytest.raises(WeightsError, match=rf"^{path} is damaged; delete it, and the run is "):
+        run(STUDY, "base", 0, tmp_path)
+    assert path.read_text() == '{"variant": '
 
 
 @pytest.mark.parametrize(
